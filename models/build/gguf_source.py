@@ -1,0 +1,167 @@
+"""Read a Llama-family GGUF file: shape, tokenizer, chat template and weights, dequantised tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from models.build.tokenizers import SPLITTERS, byte_level_bpe
+from models.errors import SourceError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """The numbers of a Llama-style decoder."""
+
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab_size: int
+    context: int
+    rope_theta: float
+    norm_eps: float
+
+
+class GgufSource:
+    """An open GGUF file; raises `SourceError` with one sentence for anything it cannot take."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise SourceError(f"{path} is not a file; name a .gguf file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SourceError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF')")
+        try:
+            self._reader = gguf.GGUFReader(str(path))
+        except Exception as error:  # the reader raises whatever numpy raises on a short or garbled map
+            raise SourceError(f"{path} is damaged or truncated: GGUF's header or tensors cannot be read") from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        architecture = self._get("general.architecture")
+        if architecture != "llama":
+            raise SourceError(f"{path} holds architecture '{architecture}'; this reader takes 'llama'")
+        self.shape = self._shape()
+
+    def digest(self) -> str:
+        """SHA-256 of the file, in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        found = self._reader.fields.get(key)
+        if found is None:
+            if default is None:
+                raise SourceError(f"{self.path} lacks the key '{key}'")
+            return default
+        return found.contents()
+
+    def _shape(self) -> LlamaShape:
+        width, heads = int(self._get("llama.embedding_length")), int(self._get("llama.attention.head_count"))
+        return LlamaShape(
+            n_layers=int(self._get("llama.block_count")),
+            width=width,
+            n_heads=heads,
+            n_kv_heads=int(self._get("llama.attention.head_count_kv", heads)),
+            head_dim=int(self._get("llama.rope.dimension_count", width // heads)),
+            mlp_width=int(self._get("llama.feed_forward_length")),
+            vocab_size=len(self._get("tokenizer.ggml.tokens")),
+            context=int(self._get("llama.context_length")),
+            rope_theta=float(self._get("llama.rope.freq_base", 10000.0)),
+            norm_eps=float(self._get("llama.attention.layer_norm_rms_epsilon")),
+        )
+
+    @property
+    def name(self) -> str:
+        """The model's own name, or the file's."""
+        return str(self._get("general.name", self.path.stem))
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template of the model's chats ('' for a base model)."""
+        return str(self._get("tokenizer.chat_template", "") or "") if "tokenizer.chat_template" in self._reader.fields else ""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self._get("tokenizer.ggml.eos_token_id"))
+
+    @property
+    def tokens(self) -> list[str]:
+        """The vocabulary, in id order."""
+        return list(self._get("tokenizer.ggml.tokens"))
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The BPE merges, in rank order."""
+        pairs = (merge.split(" ", 1) for merge in self._get("tokenizer.ggml.merges"))
+        return [(left, right) for left, right in pairs]
+
+    @property
+    def splitter(self) -> str:
+        """How text is cut before BPE."""
+        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
+        if kind != "gpt2" or pre not in SPLITTERS:
+            raise SourceError(f"{self.path} has a '{kind}/{pre}' tokenizer; this reader takes gpt2 with {', '.join(SPLITTERS)}")
+        return str(pre)
+
+    def tokenizer(self) -> Tokenizer:
+        """Build the model's tokenizer."""
+        tokens, kinds = self.tokens, self._get("tokenizer.ggml.token_type")
+        special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
+        return byte_level_bpe(tokens, self.merges, special, self.splitter)
+
+    def quantisation(self, name: str) -> str:
+        """Name of the tensor's block format in the file, such as 'Q4_1'."""
+        return str(self._tensor(name).tensor_type.name)
+
+    def blocks(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's raw blocks (rows, bytes), rows in the file's order."""
+        return np.asarray(self._tensor(name).data)
+
+    def tensor(self, name: str) -> Floats:
+        """Return a tensor as fp32, dequantised, in Hugging Face's layout (rotary halves split)."""
+        raw = self._tensor(name)
+        try:
+            values = gguf.quants.dequantize(raw.data, raw.tensor_type).astype(np.float32)
+        except (NotImplementedError, ValueError) as error:
+            raise SourceError(f"{self.path}: tensor '{name}' is stored as {raw.tensor_type.name}, which cannot be read") from error
+        reorder = self.row_order(name)
+        return values if reorder is None else values[reorder]
+
+    def row_order(self, name: str) -> NDArray[np.int64] | None:
+        """Row order that undoes GGUF's interleaved rotary layout of q and k, or None for other tensors."""
+        shape = self.shape
+        heads = {"attn_q": shape.n_heads, "attn_k": shape.n_kv_heads}.get(name.split(".")[-2], 0) if "." in name else 0
+        if not heads:
+            return None
+        rows = np.arange(heads * shape.head_dim)
+        return rows.reshape(heads, shape.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds the tensor."""
+        return name in self._tensors
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise SourceError(f"{self.path} lacks the tensor '{name}'")
+        return self._tensors[name]
+
+
+def each_layer(source: GgufSource, use: Callable[[int, dict[str, Floats]], None]) -> None:
+    """Call `use(layer, tensors)` layer by layer, so that one layer at a time is in memory."""
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
+    for layer in range(source.shape.n_layers):
+        use(layer, {name: source.tensor(f"blk.{layer}.{name}.weight") for name in names})

@@ -1,0 +1,59 @@
+"""Tokenizers: from a GGUF's own vocabulary, and the small one cut out of it for a device tier."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+SPLITTERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+}
+
+
+def byte_level_bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], special: Iterable[str], splitter: str) -> Tokenizer:
+    """Assemble a byte-level BPE tokenizer; `tokens[i]` has id i, `splitter` is a key of `SPLITTERS`."""
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges)))
+    tokenizer.pre_tokenizer = SPLITTERS[splitter]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    return tokenizer
+
+
+def cut_vocabulary(
+    source: Tokenizer, tokens: Sequence[str], merges: Sequence[tuple[str, str]], words: Iterable[str], size: int, splitter: str
+) -> tuple[Tokenizer, list[int]]:
+    """Cut a byte-level BPE down to the `size` tokens that some words need most; still byte-safe.
+
+    Keeps all byte tokens and the most frequent tokens of `words` with the merges that build them, in their order.
+    Returns the tokenizer and, for each of its ids, the id in the source: embeddings can be taken over.
+    """
+    counts: Counter[str] = Counter()
+    for encoding in source.encode_batch(list(words)):
+        counts.update(encoding.tokens)
+    made_by = {left + right: (left, right) for left, right in reversed(merges)}
+    kept = {t for t in pre_tokenizers.ByteLevel.alphabet()}
+    for token, _ in counts.most_common():
+        need = _parts(token, made_by) - kept
+        if len(kept) + len(need) > size:
+            continue
+        kept |= need
+    cut = [t for t in tokens if t in kept]
+    small = byte_level_bpe(cut, [m for m in merges if m[0] + m[1] in kept and m[0] in kept and m[1] in kept], (), splitter)
+    position = {t: i for i, t in enumerate(tokens)}
+    return small, [position[t] for t in cut]
+
+
+def _parts(token: str, made_by: dict[str, tuple[str, str]]) -> set[str]:
+    """Return the token and all tokens that merging it passes through."""
+    found, waiting = set(), [token]
+    while waiting:
+        piece = waiting.pop()
+        if piece not in found:
+            found.add(piece)
+            waiting.extend(made_by.get(piece, ()))
+    return found

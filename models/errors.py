@@ -1,0 +1,39 @@
+"""The exception tree of `models`.
+
+    ModelError
+    ├── SourceError      a model file or folder that cannot be read (missing, truncated, foreign)
+    ├── ArtifactError    a tier on disk that is incomplete, altered or of another schema
+    ├── DataError        a data set, skill or label that is not what it should be
+    └── PromptError      a prompt the model cannot take (`field` names the culprit)
+        └── PromptTooLongError
+
+Each border (HTTP, command line) translates this tree once.
+"""
+
+
+class ModelError(Exception):
+    """Base of all errors raised by `models`; the message is one sentence that says what to do."""
+
+
+class SourceError(ModelError):
+    """A model source cannot be read."""
+
+
+class ArtifactError(ModelError):
+    """A tier artifact cannot be opened."""
+
+
+class DataError(ModelError):
+    """A data set or a label inventory is not usable."""
+
+
+class PromptError(ModelError):
+    """A prompt that the tier cannot take; `field` is the request field to blame."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PromptTooLongError(PromptError):
+    """The prompt leaves no room for an answer in the model's context."""
