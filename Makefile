@@ -1,0 +1,65 @@
+# One word per chore; each makes its own .venv from nothing but python3 (3.11 or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+TRAIN_VENV := .venv-train
+STAMP := $(VENV)/.installed
+TRAIN_STAMP := $(TRAIN_VENV)/.installed
+PIP := -m pip --quiet --disable-pip-version-check
+SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "edgecascade needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+# pytest says 5 where no test carries the mark.
+NONE_IS_FINE = || test $$? -eq 5
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test test-slow test-torch lint format lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(SEE_PYTHON)
+	@echo "installing into $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(TRAIN_STAMP): pyproject.toml constraints.txt
+	@$(SEE_PYTHON)
+	@echo "installing into $(TRAIN_VENV), with torch …"
+	@$(PYTHON) -m venv $(TRAIN_VENV)
+	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train]'
+	@touch $@
+
+demo: $(STAMP) ## build, start the bundle, ask it 300 questions, print the table, stop
+	@$(VENV)/bin/edgecascade demo
+
+up: $(STAMP) ## run the bundle on this machine until Ctrl-C
+	@$(VENV)/bin/edgecascade up
+
+test: $(STAMP) ## the tests; needs no torch and no data
+	@$(VENV)/bin/python -m pytest -m "not torch and not slow"
+
+test-slow: $(STAMP) ## the tests that take longer
+	@$(VENV)/bin/python -m pytest -m "slow and not torch" $(NONE_IS_FINE)
+
+test-torch: $(TRAIN_STAMP) ## the tests that train (installs torch into its own .venv-train)
+	@$(TRAIN_VENV)/bin/python -m pytest -m torch $(NONE_IS_FINE)
+
+lint: $(STAMP) ## ruff, mypy and the import rules
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+format: $(STAMP) ## lay the code out
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+lock: $(STAMP) $(TRAIN_STAMP) ## write constraints.txt from what the two environments hold
+	@{ sed '/^[^#]/,$$d' constraints.txt; \
+	  { $(VENV)/bin/python $(PIP) freeze --exclude-editable; $(TRAIN_VENV)/bin/python $(PIP) freeze --exclude-editable; } \
+	  | sed 's/+cpu$$//' | sort -fu; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove what was installed and built here
+	@rm -rf $(VENV) $(TRAIN_VENV) build var template *.egg-info .*_cache .hypothesis
