@@ -1,1 +1,19 @@
-"""routing."""
+"""Decides what happens next to a request, and does nothing else: no clock, no network, no state."""
+
+from routing.route import route, threshold_of
+from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Outcome, Policy, Request, Step
+
+__all__ = [
+    "CHAT",
+    "Answer",
+    "Conditions",
+    "Failure",
+    "Kind",
+    "Observed",
+    "Outcome",
+    "Policy",
+    "Request",
+    "Step",
+    "route",
+    "threshold_of",
+]
