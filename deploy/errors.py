@@ -1,0 +1,18 @@
+"""The exception tree of `deploy`.
+
+DeployError
+├── StackError    stack.yml cannot be read, or names what is not there
+└── StartError    a process of the bundle did not start, or did not get ready
+"""
+
+
+class DeployError(Exception):
+    """Base of all errors raised by `deploy`; the message is one sentence that says what to do."""
+
+
+class StackError(DeployError):
+    """stack.yml is missing, malformed, or does not have what was asked for."""
+
+
+class StartError(DeployError):
+    """A process ended before it was ready, or took too long."""

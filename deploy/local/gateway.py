@@ -1,0 +1,198 @@
+"""The gateway of a local bundle; it behaves like OpenFaaS CE's, so that what works here works there.
+
+`/function/NAME/PATH` goes to the function, `/v1/*`, `POST /`, `/healthz` and `/openapi.json` to the dispatcher.
+As the real one it sends bodies on in chunks, adds X-Call-Id and X-Start-Time, buffers every answer, and streams only
+where Accept starts with `text/event-stream`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import httpx
+from werkzeug.datastructures import Headers
+from werkzeug.wrappers import Request, Response
+
+from deploy.errors import StackError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
+        "upgrade", "host", "content-length", "expect",
+    }
+)  # fmt: skip
+CHUNK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where each function listens (name → address), and the bounds of a request."""
+
+    routes: Mapping[str, str]
+    front: str = "dispatcher"
+    timeout_s: float = 60.0
+    connect_timeout_s: float = 2.0
+    max_body_bytes: int = 16 * 1024 * 1024
+    max_discard_bytes: int = 64 * 1024 * 1024
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Config:
+        """Read `GATEWAY_ROUTES`, `name=http://…` parted by commas; raises `StackError`."""
+        routes = {}
+        for part in filter(None, environment.get("GATEWAY_ROUTES", "").split(",")):
+            name, _, address = part.partition("=")
+            if not name or not address.startswith(("http://", "https://")):
+                raise StackError(f"GATEWAY_ROUTES: '{part}' is not name=http://address")
+            routes[name] = address
+        return cls(routes)
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a fault
+    """An answer that the gateway gives itself."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class Gateway:
+    """A WSGI application in front of the functions."""
+
+    def __init__(self, config: Config, client: httpx.Client) -> None:
+        self._config = config
+        self._client = client
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Forward one request."""
+        request = Request(environ)
+        trace = {
+            "X-Call-Id": request.headers.get("X-Call-Id") or str(uuid.uuid4()),
+            "X-Start-Time": str(time.time_ns()),
+        }
+        try:
+            response = self._forward(request, trace)
+        except Refusal as refusal:
+            response = _refuse(refusal)
+        response.headers.update(trace)
+        return response(environ, start_response)
+
+    def _forward(self, request: Request, trace: Mapping[str, str]) -> Response:
+        name, path = self._target(request)
+        if name not in self._config.routes:
+            known = ", ".join(self._config.routes) or "none"
+            raise Refusal(404, "function_not_found", f"function '{name}' is not deployed here; deployed: {known}")
+        body = self._body(request)
+        sent = self._client.build_request(
+            request.method,
+            self._config.routes[name] + path,
+            headers=[*_passed_on(request.headers.items()), *trace.items(), ("X-Forwarded-Host", request.host)],
+            content=_chunks(body) if body else None,
+        )
+        try:
+            answer = self._client.send(sent, stream=True)
+            if request.headers.get("Accept", "").startswith("text/event-stream"):
+                return _streamed(answer)
+            return _buffered(answer)
+        except httpx.TimeoutException as error:
+            raise Refusal(
+                504, "timeout", f"function '{name}' did not answer in {self._config.timeout_s:.0f} s"
+            ) from error
+        except httpx.TransportError as error:
+            raise Refusal(
+                502, "function_unreachable", f"function '{name}' cannot be reached; look at its log"
+            ) from error
+
+    def _target(self, request: Request) -> tuple[str, str]:
+        """Which function, and the path and query it sees."""
+        path = request.environ.get("RAW_URI") or request.full_path.rstrip("?")
+        bare = path.partition("?")[0]
+        if bare.startswith("/function/"):
+            name, slash, rest = path.removeprefix("/function/").partition("/")
+            name, question, query = name.partition("?")
+            return name, f"/{rest}" if slash else f"/{question}{query}"
+        front = (
+            bare.startswith("/v1/")
+            or bare in {"/healthz", "/openapi.json"}
+            or (bare == "/" and request.method == "POST")
+        )
+        if not front:
+            hint = "use /function/NAME, /v1/…, POST /, /healthz or /openapi.json"
+            raise Refusal(404, "not_found", f"{request.method} {bare} is not known; {hint}")
+        return self._config.front, path
+
+    def _body(self, request: Request) -> bytes:
+        """The whole body; one over the bound is read to its end (up to a bound), else the client never sees why."""
+        limit = self._config.max_body_bytes
+        parts: list[bytes] = []
+        size = 0
+        while chunk := request.stream.read(CHUNK_BYTES):
+            size += len(chunk)
+            if size <= limit:
+                parts.append(chunk)
+            elif size > self._config.max_discard_bytes:
+                break
+        if size > limit:
+            raise Refusal(413, "body_too_large", f"the body has more than {limit} bytes; send a smaller one")
+        return b"".join(parts)
+
+
+def _passed_on(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [
+        (k, v) for k, v in headers if k.lower() not in HOP_BY_HOP and k.lower() not in {"x-call-id", "x-start-time"}
+    ]
+
+
+def _chunks(body: bytes) -> Iterator[bytes]:
+    """An iterator has no length, so httpx sends it chunked, as the real gateway does."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
+
+
+def _streamed(answer: httpx.Response) -> Response:
+    """Pass on each piece as it comes; closing the response frees the function at once."""
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            yield from answer.iter_raw()
+        finally:
+            answer.close()
+
+    response = Response(pieces(), answer.status_code, Headers(_passed_on(answer.headers.multi_items())))
+    response.call_on_close(answer.close)
+    return response
+
+
+def _buffered(answer: httpx.Response) -> Response:
+    try:
+        body = b"".join(answer.iter_raw())
+    finally:
+        answer.close()
+    return Response(body, answer.status_code, Headers(_passed_on(answer.headers.multi_items())))
+
+
+def _refuse(refusal: Refusal) -> Response:
+    error = {"message": str(refusal), "type": "gateway_error", "code": refusal.kind, "param": None}
+    headers = {"Content-Type": "application/json", "X-OpenFaaS-Internal": "gateway"}
+    return Response(json.dumps({"error": error}), refusal.status, headers)
+
+
+def create_app(config: Config | None = None) -> WSGIApplication:
+    """Wire the gateway; reads the environment if no config is given."""
+    config = config or Config.from_environment(os.environ)
+    client = httpx.Client(
+        timeout=httpx.Timeout(config.timeout_s, connect=config.connect_timeout_s),
+        # Functions keep idle connections for 75 s: let go before they do, or a request meets a closing one.
+        limits=httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0),
+        trust_env=False,
+    )
+    return Gateway(config, client)

@@ -1,0 +1,173 @@
+"""stack.yml: read as faas-cli reads it, and true to the images."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.errors import StackError
+from deploy.local.plan import WATCHDOG_KEYS, Site, commands, function_command
+from deploy.stack import load, parse, substitute
+
+ROOT = Path(__file__).parents[1]
+SITE = Site(Path("/repo"), Path("/repo/var"))
+PORTS = {"dispatcher": 5001, "device": 5002, "edge": 5003}
+
+
+@pytest.fixture
+def stack():
+    return load(ROOT / "stack.yml", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "wanted"),
+    [
+        ("a ${X} b", {"X": "1"}, "a 1 b"),
+        ("a ${X} b", {}, "a  b"),
+        ("${X:-http://h:1/p}", {}, "http://h:1/p"),
+        ("${X:-d}", {"X": ""}, "d"),
+        ("${X:-d}", {"X": "v"}, "v"),
+        ("# ${X:-d}", {"X": "v"}, "# v"),
+        ("$X $$ {X}", {"X": "v"}, "$X $$ {X}"),
+    ],
+)
+def test_substitution(text, environment, wanted):
+    assert substitute(text, environment) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "not YAML"),
+        ("version: 1.0", "names no functions"),
+        ("functions: []", "names no functions"),
+        ("functions: {f: 3}", "'f' in stack.yml is not a mapping"),
+        ("functions: {f: {image: i, handler: h}}", "'f' in stack.yml needs 'fprocess'"),
+        ("functions: {f: {image: i, handler: h, fprocess: p, environment: {N: 3}}}", "'f': 'N' must be text"),
+    ],
+)
+def test_a_malformed_stack_is_refused_by_name(text, says):
+    with pytest.raises(StackError, match=re.escape(says)):
+        parse(text, {})
+
+
+def test_a_missing_stack_is_one_sentence(tmp_path):
+    with pytest.raises(StackError, match="cannot be read"):
+        load(tmp_path / "stack.yml", {})
+
+
+def test_only_keeps_the_named_functions_and_refuses_strangers(stack):
+    assert list(stack.only(("device",)).functions) == ["device"]
+    assert stack.only(()).functions == stack.functions
+    with pytest.raises(StackError, match="no function 'cloud'; it has dispatcher, device, edge"):
+        stack.only(("cloud",))
+
+
+def test_functions_find_each_other_and_their_models_on_this_machine(stack):
+    made = {c.name: c for c in commands(stack, PORTS, 8080, SITE, {"PATH": "/bin", "AWS_SECRET": "s"})}
+    assert list(made) == ["dispatcher", "device", "edge", "gateway"]
+    assert made["dispatcher"].environment["DEVICE_URL"] == "http://127.0.0.1:5002"
+    assert made["dispatcher"].environment["EDGE_URL"] == "http://127.0.0.1:5003"
+    assert made["device"].environment["MODEL_PATH"] == "/repo/models/tiers/device"
+    assert made["edge"].environment["MODEL_PATH"] == "/repo/var/edge"
+    assert made["gateway"].environment["GATEWAY_ROUTES"].startswith("dispatcher=http://127.0.0.1:5001,")
+    for command in made.values():
+        assert not WATCHDOG_KEYS & set(command.environment)
+        assert "AWS_SECRET" not in command.environment
+        assert command.environment["PATH"] == "/bin"
+
+
+def test_a_peer_elsewhere_stays_elsewhere_and_one_left_out_is_asked_through_the_gateway():
+    far = load(ROOT / "stack.yml", {"EDGE_URL": "https://store.example/function/edge"})
+    made = function_command(far.functions["dispatcher"], PORTS, 8080, SITE, {})
+    assert made.environment["EDGE_URL"] == "https://store.example/function/edge"
+    near = load(ROOT / "stack.yml", {})
+    made = function_command(near.functions["dispatcher"], {"dispatcher": 5001}, 8080, SITE, {})
+    assert made.environment["EDGE_URL"] == "http://127.0.0.1:8080/function/edge"
+
+
+def test_a_command_without_a_socket_is_refused():
+    stack = parse("functions: {f: {image: i, handler: h, fprocess: python app.py}}", {})
+    with pytest.raises(StackError, match="'f' has no '--bind ADDRESS'"):
+        function_command(stack.functions["f"], {}, 8080, SITE, {})
+
+
+def test_images_name_no_registry_of_ours_and_take_one_from_the_environment(stack):
+    for name, function in stack.functions.items():
+        assert function.image == f"registry.example/edgecascade-{name}:latest"
+    other = load(ROOT / "stack.yml", {"REGISTRY": "r.example:5000", "TAG": "1"})
+    assert other.functions["edge"].image == "r.example:5000/edgecascade-edge:1"
+
+
+def test_timeouts_nest(stack):
+    """Deadline < exec ≤ gateway < read and write; the drain of gunicorn fits in the watchdog's."""
+    for function in stack.functions.values():
+        seconds = {k: float(v.rstrip("s")) for k, v in function.environment.items() if k.endswith("_timeout")}
+        assert seconds["exec_timeout"] <= 60 < seconds["read_timeout"] == seconds["write_timeout"]
+        words = function.fprocess.split()
+        assert float(words[words.index("--graceful-timeout") + 1]) <= seconds["write_timeout"]
+    assert float(stack.functions["dispatcher"].environment["DEADLINE_MS"]) / 1000 < 60
+
+
+def test_each_function_has_more_threads_than_it_admits_requests(stack):
+    """Else readiness would wait behind work; and the watchdog refuses only what the function itself would."""
+    for function in stack.functions.values():
+        env, words = function.environment, function.fprocess.split()
+        admitted = int(env["MAX_INFLIGHT"]) + int(env["QUEUE_LIMIT"])
+        assert admitted < int(env["max_inflight"]) < int(words[words.index("--threads") + 1])
+        assert words[words.index("--workers") + 1] == "1"
+        assert env["ready_path"] == "/_/ready"
+
+
+def copied(dockerfile: str):
+    """The sources of each COPY from the build context."""
+    for line in dockerfile.splitlines():
+        words = line.split()
+        if words[:1] == ["COPY"] and not any(word.startswith("--from") for word in words):
+            yield from words[1:-1]
+
+
+@pytest.mark.parametrize("name", ["dispatcher", "device", "edge"])
+def test_what_a_dockerfile_copies_is_in_its_build_context(stack, name):
+    """faas-cli makes the context of the handler's folder and each path of `configuration.copy`, under its own name."""
+    function = stack.functions[name]
+    dockerfile = (ROOT / function.handler / "Dockerfile").read_text("utf-8")
+    sources = list(copied(dockerfile))
+    assert sources
+    for source in sources:
+        parents = {str(Path(source)), *map(str, Path(source).parents)}
+        assert parents & {str(Path(path)) for path in stack.copies}, f"{source} is not in the build context"
+        if source not in {"var/edge", "models/tiers/device"}:  # made by `edgecascade build` and `distil`
+            assert (ROOT / source).exists()
+
+
+@pytest.mark.parametrize("name", ["dispatcher", "device", "edge"])
+def test_images_run_the_watchdog_as_an_ordinary_user_with_the_model_where_stack_yml_says(stack, name):
+    function = stack.functions[name]
+    dockerfile = (ROOT / function.handler / "Dockerfile").read_text("utf-8")
+    assert re.search(r"^USER 1000$", dockerfile, re.M)
+    assert re.search(r'^CMD \["fwatchdog"\]$', dockerfile, re.M)
+    if "MODEL_PATH" in function.environment:
+        folder = function.environment["MODEL_PATH"].removeprefix("/home/app/")
+        assert re.search(rf"^COPY \S+ \./{folder}$", dockerfile, re.M)
+
+
+def test_packages_of_the_project_and_of_the_images_are_the_same(stack):
+    """A package that pyproject.toml lists but an image lacks would break that image's installation."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = set(re.findall(r'^  "(\w+)(?:\.\w+)*",$', text.split("packages = [")[1].split("]")[0], re.M))
+    for name in stack.functions:
+        dockerfile = (ROOT / stack.functions[name].handler / "Dockerfile").read_text("utf-8")
+        assert listed <= set(copied(dockerfile))
+
+
+def test_the_file_is_plain_yaml_of_schema_1_0():
+    values = yaml.safe_load((ROOT / "stack.yml").read_text("utf-8"))
+    assert str(values["version"]) == "1.0"
+    assert values["provider"]["name"] == "openfaas"
+    for spec in values["functions"].values():
+        assert spec["lang"] == "dockerfile"
+        assert spec["readonly_root_filesystem"] is True
+        assert set(spec["limits"]) == set(spec["requests"]) == {"memory", "cpu"}
+        assert not any(label.startswith("com.openfaas.scale") for label in spec.get("labels", {}))
