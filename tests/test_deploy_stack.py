@@ -146,17 +146,17 @@ def test_what_a_dockerfile_copies_is_in_its_build_context(stack, name):
 def test_images_run_the_watchdog_as_an_ordinary_user_with_the_model_where_stack_yml_says(stack, name):
     function = stack.functions[name]
     dockerfile = (ROOT / function.handler / "Dockerfile").read_text("utf-8")
-    assert re.search(r"^USER 1000$", dockerfile, re.M)
-    assert re.search(r'^CMD \["fwatchdog"\]$', dockerfile, re.M)
+    assert re.search(r"^USER 1000$", dockerfile, re.MULTILINE)
+    assert re.search(r'^CMD \["fwatchdog"\]$', dockerfile, re.MULTILINE)
     if "MODEL_PATH" in function.environment:
         folder = function.environment["MODEL_PATH"].removeprefix("/home/app/")
-        assert re.search(rf"^COPY \S+ \./{folder}$", dockerfile, re.M)
+        assert re.search(rf"^COPY \S+ \./{folder}$", dockerfile, re.MULTILINE)
 
 
 def test_packages_of_the_project_and_of_the_images_are_the_same(stack):
     """A package that pyproject.toml lists but an image lacks would break that image's installation."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    listed = set(re.findall(r'^  "(\w+)(?:\.\w+)*",$', text.split("packages = [")[1].split("]")[0], re.M))
+    listed = set(re.findall(r'^  "(\w+)(?:\.\w+)*",$', text.split("packages = [")[1].split("]")[0], re.MULTILINE))
     for name in stack.functions:
         dockerfile = (ROOT / stack.functions[name].handler / "Dockerfile").read_text("utf-8")
         assert listed <= set(copied(dockerfile))

@@ -1,0 +1,22 @@
+"""The exception tree of `bench`.
+
+BenchError
+├── QueryFileError    a file of queries that cannot be used
+└── ServiceError      the service under test cannot be reached, or refused a request
+"""
+
+
+class BenchError(Exception):
+    """Base of all errors raised by `bench`; the message is one sentence that says what to do."""
+
+
+class QueryFileError(BenchError):
+    """A line of a query file is not what it should be."""
+
+
+class ServiceError(BenchError):
+    """The service did not answer as it should; `status` is its HTTP status, or None without an answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,57 @@
+"""Figures as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.load import Shot
+from bench.metrics import Point, Row
+
+
+def trade_off(points: Sequence[Point], row: Row | None, oracle: Row | None, title: str, path: Path) -> None:
+    """Accuracy against share answered locally; `row` marks where the cascade stands, `oracle` what no router beats."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    xs, ys = [100 * p.share_local for p in points], [100 * p.accuracy for p in points]
+    axes.plot(xs, ys, drawstyle="default", label="by device confidence")
+    axes.plot([xs[0], xs[-1]], [ys[0], ys[-1]], ":", color="grey", label="at random")
+    axes.plot(xs[0], ys[0], "s", label="edge only")
+    axes.plot(xs[-1], ys[-1], "o", label="device only")
+    for mark, name, place in (("*", "cascade", row), ("^", "oracle", oracle)):
+        if place is not None and place.share_local is not None and place.accuracy is not None:
+            axes.plot(100 * place.share_local, 100 * place.accuracy, mark, markersize=11, label=name)
+    axes.set(xlabel="answered locally, %", ylabel="accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def load(shots: Sequence[Shot], path: Path) -> None:
+    """Latency and first token over time, and their distribution."""
+    from matplotlib.figure import Figure
+
+    good = sorted((s for s in shots if not s.error), key=lambda s: s.due_s)
+    failed = [s for s in shots if s.error]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_time, spread = figure.subplots(1, 2)
+    series = {
+        "whole answer": [(s.due_s, 1000 * (s.done_s - s.due_s)) for s in good],
+        "first token": [(s.due_s, 1000 * (s.first_s - s.due_s)) for s in good if s.first_s is not None],
+    }
+    for name, pairs in series.items():
+        over_time.plot([x for x, _ in pairs], [y for _, y in pairs], ".", markersize=4, label=name)
+        ordered = sorted(y for _, y in pairs)
+        spread.plot(ordered, [100 * (i + 1) / len(ordered) for i in range(len(ordered))], label=name)
+    over_time.plot([s.due_s for s in failed], [1000 * (s.done_s - s.due_s) for s in failed], "x", label="failed")
+    over_time.set(xlabel="due at, s", ylabel="ms")
+    spread.set(xlabel="ms", ylabel="% of answers at most this late")
+    if any(math.isfinite(y) and y > 0 for pairs in series.values() for _, y in pairs):
+        spread.set_xscale("log")
+    for axes in (over_time, spread):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
