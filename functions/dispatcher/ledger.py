@@ -1,0 +1,87 @@
+"""What a request cost so far: time by part, bytes between the sites, joules; over all tiers that were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from functions.dispatcher.tier_client import Traffic
+from functions.serving.ask import Clocked
+from functions.serving.events import Joules, NetworkBytes, Report, Timing
+
+
+@dataclass
+class _Exchange:
+    """One call of a tier. `began` on the dispatcher's clock; `report` as soon as the tier has sent it."""
+
+    tier: str
+    began: float
+    traffic: Traffic = field(default_factory=Traffic)
+    report: Report | None = None
+
+
+class Ledger:
+    """The exchanges of one request, and their sums."""
+
+    def __init__(self, clocked: Clocked, clock: Callable[[], float]) -> None:
+        self._clocked = clocked
+        self._clock = clock
+        self._exchanges: list[_Exchange] = []
+        self._first_token: float | None = None
+
+    def open(self, tier: str) -> Traffic:
+        """Begin an exchange; its client counts into the result."""
+        self._exchanges.append(_Exchange(tier, self._clock()))
+        return self._exchanges[-1].traffic
+
+    def first_token(self) -> None:
+        """The first token of a stream is here."""
+        self._first_token = self._clock()
+
+    def close(self, report: Report) -> None:
+        """The exchange begun last has its report."""
+        self._exchanges[-1].report = report
+
+    def totals(self) -> dict[str, Any]:
+        """The sums as fields of a `Report`."""
+        reports = [exchange.report for exchange in self._exchanges if exchange.report is not None]
+        timing = Timing(
+            total=1e3 * (self._clock() - self._clocked.started),
+            queue=1e3 * self._clocked.queued_s + sum(report.timing_ms.queue for report in reports),
+            network=sum(self._network_ms(exchange) for exchange in self._exchanges),
+            prefill=sum(report.timing_ms.prefill for report in reports),
+            decode=sum(report.timing_ms.decode for report in reports),
+            first_token=self._first_token_ms(),
+        )
+        return {"timing_ms": timing, "network_bytes": self._bytes(), "joules": _joules(reports)}
+
+    def _network_ms(self, exchange: _Exchange) -> float:
+        """Time on the way to the edge and back: what it took, less what the edge says it needed."""
+        if exchange.tier != "edge":
+            return 0.0
+        ended = exchange.traffic.seconds or self._clock() - exchange.began
+        worked_ms = exchange.report.timing_ms.total if exchange.report else 0.0
+        return max(0.0, 1e3 * ended - worked_ms)
+
+    def _first_token_ms(self) -> float:
+        """When the first token of the answer was there: seen in a stream, else as its tier tells."""
+        if self._first_token is not None:
+            return 1e3 * (self._first_token - self._clocked.started)
+        if not self._exchanges or self._exchanges[-1].report is None:
+            return 0.0
+        last = self._exchanges[-1]
+        told = last.report.timing_ms.first_token if last.report else 0.0
+        return 1e3 * (last.began - self._clocked.started) + told
+
+    def _bytes(self) -> NetworkBytes:
+        edge = [exchange.traffic for exchange in self._exchanges if exchange.tier == "edge"]
+        return NetworkBytes(sent=sum(t.sent for t in edge), received=sum(t.received for t in edge))
+
+
+def _joules(reports: list[Report]) -> Joules | None:
+    spent = [report.joules for report in reports if report.joules is not None]
+    if not spent:
+        return None
+    names = dict.fromkeys(one.source for one in spent)
+    return Joules(value=sum(one.value for one in spent), kind=spent[0].kind, source="; ".join(names))

@@ -1,0 +1,145 @@
+"""What the dispatcher and a tier say to each other: our own API, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from functions.serving.ask import CHAT, Ask, Shape
+from functions.serving.events import End, Event, Logprob, Piece, Report, Start, Usage
+
+_DATA = "data:"
+_DONE = "[DONE]"
+
+
+class MalformedReplyError(Exception):
+    """A tier said something that is not an answer."""
+
+
+@dataclass(frozen=True)
+class TierReply:
+    """A tier's whole answer."""
+
+    model: str
+    text: str
+    logprobs: tuple[Logprob, ...]
+    finish_reason: str
+    usage: Usage
+    report: Report
+
+
+def is_completion(ask: Ask) -> bool:
+    """True where the tier has to continue a bare text; all else goes as a chat."""
+    return ask.shape is Shape.COMPLETION and ask.skill == CHAT
+
+
+def path_of(ask: Ask) -> str:
+    """The tier's route for it."""
+    return "/v1/completions" if is_completion(ask) else "/v1/chat/completions"
+
+
+def request_body(ask: Ask, model: str, *, stream: bool) -> dict[str, Any]:
+    """The JSON to send; `model` is the tier's name."""
+    sampling = ask.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "skill": ask.skill,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "stop": list(sampling.stop) or None,
+        "confidence_threshold": ask.threshold,
+        **_input(ask),
+    }
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _input(ask: Ask) -> dict[str, Any]:
+    top = ask.sampling.top_logprobs
+    if is_completion(ask):
+        return {"prompt": ask.prompt, "logprobs": top}
+    messages = [{"role": m.role, "content": m.content} for m in ask.messages] or [{"role": "user", "content": ask.text}]
+    return {"messages": messages, "logprobs": True if top is not None else None, "top_logprobs": top or None}
+
+
+def read_reply(ask: Ask, body: Any) -> TierReply:
+    """Read a whole answer; raises `MalformedReplyError`."""
+    try:
+        choice = body["choices"][0]
+        return TierReply(
+            model=str(body["model"]),
+            text=str(choice["text"] if is_completion(ask) else choice["message"]["content"]),
+            logprobs=tuple(_logprobs(choice.get("logprobs"))),
+            finish_reason=str(choice["finish_reason"]),
+            usage=Usage.model_validate(body["usage"]),
+            report=Report.model_validate(body["edgecascade"]),
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise MalformedReplyError from error
+
+
+def read_stream(ask: Ask, lines: Iterator[str]) -> Iterator[Event]:
+    """Read a streamed answer; raises `MalformedReplyError`, also when it ends without its last event."""
+    started, finish, usage, report = False, "stop", Usage(), None
+    for body in _bodies(lines):
+        try:
+            if not started:
+                yield Start(str(body["model"]), Report(source="", route="", reason=""))
+                started = True
+            for choice in body["choices"]:
+                yield from _piece(ask, choice)
+                finish = choice.get("finish_reason") or finish
+            if body.get("edgecascade"):
+                report = Report.model_validate(body["edgecascade"])
+            if body.get("usage"):
+                usage = Usage.model_validate(body["usage"])
+        except (AttributeError, KeyError, TypeError, ValidationError) as error:
+            raise MalformedReplyError from error
+    if report is None:
+        raise MalformedReplyError
+    yield End(finish, usage, report)
+
+
+def _bodies(lines: Iterator[str]) -> Iterator[Any]:
+    """The JSON of each event up to `[DONE]`; an error event ends it."""
+    for line in lines:
+        data = line.removeprefix(_DATA).strip()
+        if not line.startswith(_DATA):
+            continue
+        if data == _DONE:
+            return
+        try:
+            body = json.loads(data)
+        except ValueError as error:
+            raise MalformedReplyError from error
+        if not isinstance(body, dict) or "error" in body:
+            raise MalformedReplyError
+        yield body
+    raise MalformedReplyError
+
+
+def _piece(ask: Ask, choice: dict[str, Any]) -> Iterator[Piece]:
+    text = choice["text"] if is_completion(ask) else choice["delta"].get("content", "")
+    logprobs = tuple(_logprobs(choice.get("logprobs")))
+    if text or logprobs:
+        yield Piece(str(text), logprobs)
+
+
+def _logprobs(found: Any) -> Iterator[Logprob]:
+    """Read either of OpenAI's two forms."""
+    if not found:
+        return
+    if "content" in found:
+        for token in found["content"]:
+            top = tuple((rival["token"], rival["logprob"]) for rival in token["top_logprobs"])
+            yield Logprob(token["token"], token["logprob"], top)
+        return
+    for token, logprob, rivals in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        yield Logprob(token, logprob, tuple(rivals.items()))

@@ -1,0 +1,131 @@
+"""The environment, read once into frozen values. A bad value or a misspelt key stops the start with its reason."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import urlsplit
+
+COMMON_KEYS = (
+    "NODE_ID",
+    "SHARD_ID",
+    "MAX_BODY_BYTES",
+    "MAX_INFLIGHT",
+    "QUEUE_LIMIT",
+    "DEADLINE_MS",
+    "DEFAULT_SKILL",
+)
+TIER_KEYS = ("MODEL_PATH", "TIER_NAME", "THREADS")
+DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
+# Read by other parts of the bundle that run in the same environment.
+FOREIGN_KEYS = ("EDGECASCADE_HOME", "EDGE_THREADS")
+
+_OURS = re.compile(
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|MAX_BODY|MAX_INFLIGHT|MODEL_PATH|NODE_ID|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+)
+# Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
+_SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
+
+
+class ConfigError(Exception):
+    """A setting is missing, misspelt or out of range; the message names its key."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Reads values out of a mapping such as `os.environ`; an empty value counts as absent."""
+
+    values: Mapping[str, str]
+
+    def check_names(self) -> None:
+        """Raise `ConfigError` for a key that looks like ours and is not."""
+        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *FOREIGN_KEYS}
+        for key in sorted(self.values):
+            if key not in known and _OURS.match(key) and not _SERVICE_LINK.match(key):
+                raise ConfigError(f"{key} is not a setting of edgecascade; known are {', '.join(sorted(known))}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string; without a default it must be there."""
+        value = self.values.get(key, "").strip() or default
+        if value is None:
+            raise ConfigError(f"{key} is not set; this function needs it")
+        return value
+
+    def integer(self, key: str, default: int, low: int, high: int) -> int:
+        """A whole number between two bounds."""
+        return int(self.number(key, default, low, high, whole=True))
+
+    def number(self, key: str, default: float, low: float, high: float, *, whole: bool = False) -> float:
+        """A number between two bounds."""
+        text = self.values.get(key, "").strip()
+        kind = "a whole number" if whole else "a number"
+        try:
+            value = (int(text) if whole else float(text)) if text else default
+        except ValueError:
+            raise ConfigError(f"{key} is '{text}'; it must be {kind} from {low} to {high}") from None
+        if math.isnan(value) or not low <= value <= high:
+            raise ConfigError(f"{key} is {value}; it must be {kind} from {low} to {high}")
+        return value
+
+    def address(self, key: str) -> str:
+        """An http(s) address without user, query or closing slash; errors do not repeat it."""
+        value = self.text(key)
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.query or parts.fragment or parts.username:
+            raise ConfigError(f"{key} must look like http://host:port or http://host:port/path")
+        return value.rstrip("/")
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every function is told. `deadline_s` is the longest a request may take; a caller can only shorten it."""
+
+    node_id: str = "local"
+    shard_id: str = "whole"
+    max_body_bytes: int = 1 << 20
+    max_inflight: int = 4
+    queue_limit: int = 16
+    deadline_s: float = 55.0
+    default_skill: str = "assistant"
+
+    @classmethod
+    def read(cls, environment: Environment, max_inflight: int) -> Self:
+        """Read the common settings; `max_inflight` is the function's own default."""
+        return cls(
+            node_id=environment.text("NODE_ID", cls.node_id),
+            shard_id=environment.text("SHARD_ID", cls.shard_id),
+            max_body_bytes=environment.integer("MAX_BODY_BYTES", cls.max_body_bytes, 1024, 1 << 28),
+            max_inflight=environment.integer("MAX_INFLIGHT", max_inflight, 1, 1024),
+            queue_limit=environment.integer("QUEUE_LIMIT", cls.queue_limit, 0, 4096),
+            deadline_s=environment.number("DEADLINE_MS", cls.deadline_s * 1e3, 1, 3_600_000) / 1e3,
+            default_skill=environment.text("DEFAULT_SKILL", cls.default_skill),
+        )
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """Settings of a function that holds a tier. `threads`: of the inference engine."""
+
+    name: str
+    model_path: str
+    threads: int = 2
+    common: Common = field(default_factory=Common)
+
+    @classmethod
+    def from_environment(cls, values: Mapping[str, str], name: str) -> Self:
+        """Read `values`; `name` is the tier's name unless TIER_NAME says otherwise."""
+        environment = Environment(values)
+        environment.check_names()
+        return cls(
+            name=environment.text("TIER_NAME", name),
+            model_path=environment.text("MODEL_PATH"),
+            threads=environment.integer("THREADS", cls.threads, 1, 256),
+            common=Common.read(environment, max_inflight=2),
+        )

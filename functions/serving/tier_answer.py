@@ -1,0 +1,188 @@
+"""Let a tier answer: from an `Ask` to its prompt, and from its tokens to events. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from functions.serving.ask import CHAT, Ask, Clocked, Shape
+from functions.serving.errors import BrokenOffError, RefusedError, from_prompt_error
+from functions.serving.events import End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
+from models.errors import PromptError
+from models.runtime.confidence import Confidence
+from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, TierCard, Token
+
+# What closes a frame whose decode was cut short.
+_FRAME_ENDS = ("}}", "}")
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A loaded tier with its calibration."""
+
+    tier: Tier
+    confidence: Confidence
+    node_id: str
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def of(cls, tier: Tier, node_id: str) -> Answerer:
+        """Read the calibration from the tier's card; raises `ValueError` or `KeyError` if it is malformed."""
+        return cls(tier, Confidence.from_manifest(tier.card.calibration), node_id)
+
+    def check(self, ask: Ask) -> None:
+        """Raise `RefusedError` for what this tier cannot answer, whatever the text."""
+        card = self.tier.card
+        if ask.model not in {"auto", card.name, card.model_id}:
+            message = f"there is no such model here; use 'auto', '{card.name}' or '{card.model_id}'"
+            raise RefusedError(404, message, param="model", code="model_not_found")
+        if ask.skill not in self.skills:
+            message = f"the {card.name} tier does not know this skill; use {' or '.join(map(repr, self.skills))}"
+            raise RefusedError(422, message, param="skill", code="unsupported_skill")
+        if ask.skill == CHAT and ask.sampling.max_tokens > card.context:
+            message = f"max_tokens is above the model's context of {card.context} tokens"
+            raise RefusedError(422, message, param="max_tokens", code="invalid_value")
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """Skills this tier answers, `chat` among them if it can."""
+        card = self.tier.card
+        return (*(card.skills.names if card.skills else ()), *((CHAT,) if card.chats else ()))
+
+    def events(self, ask: Ask, clocked: Clocked) -> Iterator[Event]:
+        """Decode until the tier or the deadline ends it. `PromptError`s come before the first event."""
+        prompt = _prompt(ask)
+        decode = _Decode(began=self.clock())
+        with closing(self._tokens(ask, prompt)) as tokens:
+            for token in tokens:
+                decode.add(token, self.clock())
+                if len(decode.tokens) == 1:
+                    yield Start(self.tier.card.model_id, self._report(ask, clocked, decode, late=False))
+                yield Piece(token.text, (Logprob(token.text, token.logprob, token.top),))
+                if token.finish_reason is None and self.clock() >= clocked.expires:
+                    decode.late = True
+                    break
+        yield from self._ending(ask, clocked, decode, prompt)
+
+    def _tokens(self, ask: Ask, prompt: Prompt) -> Generator[Token, None, None]:
+        """The tier's tokens, at least one; its complaints in the caller's words. Closing it frees the tier."""
+        try:
+            tokens = self.tier.generate(prompt, _limits(ask, self.tier.card))
+            with closing(cast("Any", tokens)):
+                first = next(tokens, None)
+                if first is None:
+                    raise BrokenOffError(500, "the tier gave no token", code="no_token")
+                yield first
+                yield from tokens
+        except PromptError as error:
+            raise from_prompt_error(error, ask.field(error.field)) from error
+
+    def _ending(self, ask: Ask, clocked: Clocked, decode: _Decode, prompt: Prompt) -> Iterator[Event]:
+        frame = None
+        if ask.skill != CHAT:
+            frame, tail = _frame(decode.text)
+            if tail:
+                yield Piece(tail)
+        usage = Usage.of(self.tier.count_tokens(prompt), len(decode.tokens))
+        finish = "length" if decode.late else decode.tokens[-1].finish_reason or "stop"
+        report = self._report(ask, clocked, decode, late=decode.late)
+        judged = report if frame is None else self._judged(report, ask, frame, decode)
+        yield End(finish, usage, judged)
+
+    def _report(self, ask: Ask, clocked: Clocked, decode: _Decode, *, late: bool) -> Report:
+        card = self.tier.card
+        reason = "chat" if ask.skill == CHAT else "requested"
+        return Report(
+            source=card.name,
+            route=card.name,
+            reason="deadline" if late else reason,
+            degraded=late,
+            model_version=card.model_version,
+            node_id=self.node_id,
+            timing_ms=decode.timing(clocked, self.clock()),
+            joules=_joules(card, decode),
+        )
+
+    def _judged(self, report: Report, ask: Ask, frame: dict[str, Any], decode: _Decode) -> Report:
+        """The report with the frame, how sure the tier is, and from where on it should be trusted."""
+        intent = str(frame.get("intent", ""))
+        threshold = self.confidence.threshold(ask.skill) if ask.threshold is None else ask.threshold
+        confidence = None if decode.late else self.confidence.final(ask.skill, intent, decode.tokens)
+        return report.model_copy(update={"frame": frame, "confidence": confidence, "threshold": threshold})
+
+
+@dataclass
+class _Decode:
+    """One decode while it runs; times in seconds on the function's clock."""
+
+    began: float
+    tokens: list[Token] = field(default_factory=list)
+    first: float = 0.0
+    last: float = 0.0
+    late: bool = False
+
+    def add(self, token: Token, now: float) -> None:
+        """Note a token."""
+        if not self.tokens:
+            self.first = now
+        self.last = now
+        self.tokens.append(token)
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(token.text for token in self.tokens)
+
+    def timing(self, clocked: Clocked, now: float) -> Timing:
+        """Milliseconds by part."""
+        return Timing(
+            total=1e3 * (now - clocked.started),
+            queue=1e3 * clocked.queued_s,
+            prefill=1e3 * (self.first - self.began),
+            decode=1e3 * (self.last - self.first),
+            first_token=1e3 * (self.first - clocked.started),
+        )
+
+
+def _prompt(ask: Ask) -> Prompt:
+    if ask.skill != CHAT:
+        return SkillQuery(ask.skill, ask.text)
+    if ask.shape is Shape.COMPLETION:
+        return Completion(ask.prompt)
+    return Chat(tuple({"role": message.role, "content": message.content} for message in ask.messages))
+
+
+def _limits(ask: Ask, card: TierCard) -> Limits:
+    """How to decode. A frame is as long as its utterance and always the best one: sampling does not apply to it."""
+    sampling = ask.sampling
+    if ask.skill != CHAT:
+        return Limits(max_tokens=card.context, top_logprobs=sampling.top_logprobs or 0)
+    return Limits(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=sampling.stop,
+        top_logprobs=sampling.top_logprobs or 0,
+    )
+
+
+def _frame(text: str) -> tuple[dict[str, Any] | None, str]:
+    """The frame in `text`, and what has to be added to the text to make it whole."""
+    for tail in ("", *_FRAME_ENDS):
+        try:
+            frame = json.loads(text + tail)
+        except json.JSONDecodeError:
+            continue
+        return (frame, tail) if isinstance(frame, dict) else (None, "")
+    return None, ""
+
+
+def _joules(card: TierCard, decode: _Decode) -> Joules | None:
+    if card.watts is None:
+        return None
+    return Joules(value=card.watts * (decode.last - decode.began), kind="modelled", source=card.watts_source)

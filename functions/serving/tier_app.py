@@ -1,0 +1,84 @@
+"""The app of a function that holds a tier; device and edge differ in their name only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flask import Flask
+
+from functions.serving.answering import add_routes
+from functions.serving.ask import Ask, Clocked
+from functions.serving.events import Events
+from functions.serving.lifecycle import Loading
+from functions.serving.replies import ModelEntry, ModelFacts
+from functions.serving.settings import TierConfig
+from functions.serving.tier_answer import Answerer
+from functions.serving.signals import drain_on_sigterm
+from functions.serving.web import EXTENSION, Site, create_base
+from models.runtime.local import LocalTier
+from models.runtime.tier import Tier
+
+Load = Callable[[TierConfig], Tier]
+
+
+def open_local(config: TierConfig) -> Tier:
+    """Load the artifact into this process."""
+    return LocalTier.open(Path(config.model_path), config.name, threads=config.threads)
+
+
+def create_tier_server(name: str, load: Load = open_local) -> Flask:
+    """The app of a server's process: settings from the environment, drained on SIGTERM."""
+    app = create_tier_app(TierConfig.from_environment(os.environ, name), load)
+    drain_on_sigterm(app.extensions[EXTENSION].drain)
+    return app
+
+
+def create_tier_app(config: TierConfig, load: Load = open_local) -> Flask:
+    """Wire the app and begin to load the tier; until it is there, answers are 503 with Retry-After."""
+    site = Site.create(config.name, config.common)
+
+    def open_tier() -> Answerer:
+        return Answerer.of(load(config), config.common.node_id)
+
+    def opened(answerer: Answerer) -> None:
+        site.metrics.expect(answerer.tier.card.model_version)
+
+    loading = Loading(open_tier, site.drain, opened)
+    app = create_base(site, loading)
+    add_routes(app, site, TierService(loading))
+    loading.start()
+    return app
+
+
+@dataclass(frozen=True)
+class TierService:
+    """Answers with the one tier there is."""
+
+    loading: Loading[Answerer]
+
+    def check(self, ask: Ask) -> None:
+        """Refuse what the tier cannot do; 503 while it is not loaded."""
+        self.loading.value().check(ask)
+
+    def events(self, ask: Ask, clocked: Clocked) -> Events:
+        """Let the tier answer."""
+        return self.loading.value().events(ask, clocked)
+
+    def models(self) -> list[ModelEntry]:
+        """The tier, under its name."""
+        answerer = self.loading.value()
+        card = answerer.tier.card
+        skills = answerer.skills
+        facts = ModelFacts(
+            available=True,
+            skills=list(skills),
+            thresholds={s: answerer.confidence.threshold(s) for s in skills if s in answerer.confidence.thresholds},
+            model=card.model_id,
+            model_version=card.model_version,
+            context=card.context,
+            quantisation=card.quantisation,
+        )
+        return [ModelEntry(id=card.name, object="model", created=0, owned_by="edgecascade", edgecascade=facts)]
