@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from models.artifact.shape import LlamaShape
 from models.build.tokenizers import SPLITTERS, byte_level_bpe
 from models.errors import SourceError
 
 Floats = NDArray[np.float32]
 
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """The numbers of a Llama-style decoder."""
-
-    n_layers: int
-    width: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    vocab_size: int
-    context: int
-    rope_theta: float
-    norm_eps: float
+__all__ = ["Floats", "GgufSource", "LlamaShape", "each_layer"]
 
 
 class GgufSource:

@@ -1,0 +1,184 @@
+"""The manifest: what a tier on disk says of itself. Read strictly, so that nothing unknown is passed over."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from models.artifact.shape import LlamaShape
+from models.errors import ArtifactError, DataError
+from models.skills import SkillSet
+
+SCHEMA = 1
+QUANTISATIONS = ("int4", "int8", "fp32")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Power while the tier computes, and who says so; None where nobody does."""
+
+    watts: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a tier without opening its weights.
+
+    `exits` are the numbers of layers passed at each early exit; `calibration` is read by `models.runtime.confidence`;
+    `losses` tell what quantisation cost, `made` from what and how the artifact was built.
+    """
+
+    model_id: str
+    model_version: str
+    architecture: LlamaShape
+    quantisation: str
+    eos_ids: tuple[int, ...]
+    chat_template: str
+    lm_head: bool
+    skills: SkillSet | None = None
+    exits: tuple[int, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    energy: Energy = Energy()
+    losses: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tier takes part in conversations."""
+        return self.lm_head and bool(self.chat_template)
+
+    def with_files(self, files: Mapping[str, FileEntry]) -> Manifest:
+        """Return the manifest with another list of files."""
+        return replace(self, files=dict(sorted(files.items())))
+
+    def as_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        values = {
+            "schema": SCHEMA,
+            "model": {"id": self.model_id, "version": self.model_version},
+            "architecture": vars(self.architecture),
+            "quantisation": self.quantisation,
+            "eos_ids": list(self.eos_ids),
+            "chat_template": self.chat_template,
+            "lm_head": self.lm_head,
+            "skills": self.skills.as_dict() if self.skills else None,
+            "exits": list(self.exits),
+            "calibration": dict(self.calibration),
+            "energy": vars(self.energy),
+            "losses": dict(self.losses),
+            "made": dict(self.made),
+            "files": {name: vars(entry) for name, entry in self.files.items()},
+        }
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Read `manifest.json`; raises `ArtifactError` naming the key that is missing, unknown or wrong."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"the manifest is not JSON: {error}") from error
+    top = _Keys("", values)
+    schema = top.take("schema", int)
+    if schema != SCHEMA:
+        raise ArtifactError(f"the manifest has schema {schema}; this version reads schema {SCHEMA}: build the artifact again")
+    model, energy = _Keys("model.", top.take("model", dict)), _Keys("energy.", top.take("energy", dict))
+    manifest = Manifest(
+        model_id=model.take("id", str),
+        model_version=model.take("version", str),
+        architecture=_shape(_Keys("architecture.", top.take("architecture", dict))),
+        quantisation=top.take("quantisation", str),
+        eos_ids=tuple(_whole("eos_ids", top.take("eos_ids", list))),
+        chat_template=top.take("chat_template", str),
+        lm_head=top.take("lm_head", bool),
+        skills=_skills(top.take("skills", dict, type(None))),
+        exits=tuple(_whole("exits", top.take("exits", list))),
+        calibration=top.take("calibration", dict),
+        energy=Energy(energy.take("watts", float, int, type(None)), energy.take("source", str)),
+        losses=top.take("losses", dict),
+        made=top.take("made", dict),
+        files=_files(top.take("files", dict)),
+    )
+    for keys in (top, model, energy):
+        keys.finish()
+    _check_values(manifest)
+    return manifest
+
+
+class _Keys:
+    """A JSON object whose keys are taken one by one; `finish` refuses what is left."""
+
+    def __init__(self, prefix: str, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise ArtifactError("the manifest is not a JSON object")
+        self._prefix, self._values = prefix, dict(values)
+
+    def take(self, key: str, *kinds: type) -> Any:
+        if key not in self._values:
+            raise ArtifactError(f"the manifest lacks the key '{self._prefix}{key}'")
+        value = self._values.pop(key)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ArtifactError(f"the manifest's '{self._prefix}{key}' has the wrong type ({type(value).__name__})")
+        return value
+
+    def finish(self) -> None:
+        if self._values:
+            raise ArtifactError(f"the manifest has the unknown key '{self._prefix}{min(self._values)}'")
+
+
+def _shape(keys: _Keys) -> LlamaShape:
+    floats = ("rope_theta", "norm_eps")
+    read = {f.name: keys.take(f.name, int, float) if f.name in floats else keys.take(f.name, int) for f in fields(LlamaShape)}
+    keys.finish()
+    bad = [name for name, value in read.items() if value <= 0]
+    if bad:
+        raise ArtifactError(f"the manifest's 'architecture.{bad[0]}' is not positive")
+    return LlamaShape(**read)
+
+
+def _whole(key: str, values: list[Any]) -> list[int]:
+    if any(not isinstance(v, int) or isinstance(v, bool) or v < 0 for v in values):
+        raise ArtifactError(f"the manifest's '{key}' may hold whole numbers from 0 on only")
+    return values
+
+
+def _skills(values: dict[str, Any] | None) -> SkillSet | None:
+    try:
+        return SkillSet.from_dict(values) if values else None
+    except DataError as error:
+        raise ArtifactError(f"the manifest's 'skills' cannot be read: {error}") from error
+
+
+def _files(values: dict[str, Any]) -> dict[str, FileEntry]:
+    files = {}
+    for name, entry in values.items():
+        keys = _Keys(f"files.{name}.", entry)
+        digest, size = keys.take("sha256", str), keys.take("size_bytes", int)
+        keys.finish()
+        if not _FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(digest) or size < 0:
+            raise ArtifactError(f"the manifest's 'files.{name}' is not a plain name with a digest and a size")
+        files[name] = FileEntry(digest, size)
+    return files
+
+
+def _check_values(manifest: Manifest) -> None:
+    if manifest.quantisation not in QUANTISATIONS:
+        raise ArtifactError(f"the manifest's 'quantisation' is '{manifest.quantisation}'; use one of {', '.join(QUANTISATIONS)}")
+    edges = [0, *manifest.exits, manifest.architecture.n_layers]
+    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise ArtifactError("the manifest's 'exits' must rise and lie inside the model")

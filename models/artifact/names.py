@@ -1,0 +1,72 @@
+"""What lies where in an artifact's folder, and what a graph calls its inputs and outputs.
+
+A tensor's name says its file: `layers.3.qkv.q` lies in `layer-003.safetensors`, `adapter.3.qkv.a` in
+`adapter-003.safetensors`, `head.scale` in `head.safetensors`, `embeddings.q` in `embeddings.safetensors`
+(absent where the table is tied: then the head's is read).
+
+Suffixes of a projection: `.w` fp32 (N, K); or `.q` uint8 blocks (N, K/32, 16 or 32) with `.scale` fp32 (N, K/32) and,
+where a block has an offset, `.shift` fp32 (K/32, N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BLOCK = 32
+"""Weights that share one scale."""
+
+SITES = ("qkv", "out", "gate_up", "down")
+"""The fused projections of a layer."""
+
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+LABELS, HEAD, EMBEDDINGS = "labels.safetensors", "head.safetensors", "embeddings.safetensors"
+PLAIN, FRAMES = "plain", "frames"
+"""Graph variants: the model as it is, and the model with its adapter beside the weights."""
+
+
+def layer_file(layer: int) -> str:
+    """File of one layer's weights."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def adapter_file(layer: int) -> str:
+    """File of one layer's adapter."""
+    return f"adapter-{layer:03d}.safetensors"
+
+
+def graph_file(variant: str, segment: int) -> str:
+    """File of one segment's graph."""
+    return f"graph-{variant}-{segment}.onnx"
+
+
+def file_of(tensor: str) -> str:
+    """Return the file that holds a tensor."""
+    group, _, rest = tensor.partition(".")
+    if group == "layers":
+        return layer_file(int(rest.split(".")[0]))
+    if group == "adapter":
+        return adapter_file(int(rest.split(".")[0]))
+    return EMBEDDINGS if group == "embeddings" else HEAD
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of layers `first` … `stop - 1` in one graph; `norm` names the weight of its `hidden` output."""
+
+    first: int
+    stop: int
+    norm: str
+    head: bool
+
+    @property
+    def layers(self) -> range:
+        """The layers of this span."""
+        return range(self.first, self.stop)
+
+
+def spans(n_layers: int, exits: Sequence[int], lm_head: bool) -> list[Span]:
+    """Cut a decoder at its exits (each the number of layers passed); only the last span has the vocabulary head."""
+    edges = [0, *exits, n_layers]
+    cut = [Span(a, b, f"layers.{b - 1}.exit_norm", head=False) for a, b in zip(edges, edges[1:-1], strict=False)]
+    return [*cut, Span(edges[-2], n_layers, "final_norm", lm_head)]

@@ -1,0 +1,42 @@
+"""Read and write safetensors files, straight from and to numpy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ArtifactError
+
+Array = NDArray[Any]
+_KINDS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "U8": "|u1", "I8": "|i1", "I32": "<i4", "I64": "<i8", "BF16": "<u2"}
+_HEADER_LIMIT_BYTES = 100_000_000
+
+
+def read_tensors(data: bytes, where: str) -> dict[str, Array]:
+    """Return read-only views on the tensors in `data`, bfloat16 widened to fp32; raises `ArtifactError` naming `where`."""
+    view = memoryview(data)
+    try:
+        length = int.from_bytes(view[:8], "little")
+        if not 2 <= length <= min(len(view) - 8, _HEADER_LIMIT_BYTES):
+            raise ValueError("the header does not fit")
+        header = json.loads(bytes(view[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        return {name: _tensor(view[8 + length :], entry) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where} is not a whole safetensors file: {error}") from error
+
+
+def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Array:
+    start, stop = entry["data_offsets"]
+    kind, dims = np.dtype(_KINDS[entry["dtype"]]), entry["shape"]
+    if not 0 <= start <= stop <= len(body) or stop - start != math.prod(dims) * kind.itemsize:
+        raise ValueError("a tensor does not fit")
+    values = np.frombuffer(body[start:stop], kind).reshape(dims)
+    if entry["dtype"] == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values

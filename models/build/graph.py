@@ -1,0 +1,172 @@
+"""Assemble a Llama decoder as an ONNX graph without weights.
+
+The graph reads fp32 embeddings `x` (1, T, C) and extends static key-value buffers in place; it gives `hidden`
+(1, T, C), normalised, and, if it has the vocabulary head, `logits` of the last position. A span that does not end the
+model hands its residual stream on as `carried`. Weights are initializers named as in `models.artifact.names`, to be
+handed in when a session is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnx import ModelProto, TensorProto, helper
+
+from models.artifact.names import BLOCK, Span, file_of
+from models.artifact.shape import LlamaShape
+
+Dims = tuple[int, ...]
+CONTRIB = "com.microsoft"
+FAST_ACTIVATIONS = 4
+"""MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
+
+
+def decoder_graph(
+    shape: LlamaShape,
+    span: Span,
+    tensors: Mapping[str, Dims],
+    *,
+    adapter: bool = False,
+    all_logits: bool = False,
+    accuracy_level: int = FAST_ACTIVATIONS,
+) -> bytes:
+    """Return the serialised graph of `span`.
+
+    `tensors` names every stored tensor with its dimensions; which suffixes a projection has decides how it is
+    computed. `adapter` adds the low-rank products of `adapter.*`; `all_logits` gives logits of every position.
+    """
+    builder = _Builder(shape, tensors, adapter, accuracy_level)
+    hidden, carried = builder.layers(span)
+    outputs = {"hidden": hidden} if span.stop == shape.n_layers else {"hidden": hidden, "carried": carried}
+    if span.head:
+        outputs["logits"] = builder.head(hidden, all_logits)
+    return builder.model(span, outputs).SerializeToString()
+
+
+class _Builder:
+    """Collects nodes and initializers; every value is named by the node that makes it."""
+
+    def __init__(self, shape: LlamaShape, tensors: Mapping[str, Dims], adapter: bool, accuracy_level: int) -> None:
+        self._shape, self._tensors, self._adapter, self._accuracy_level = shape, tensors, adapter, accuracy_level
+        self._nodes: list[Any] = []
+        self._constants: dict[str, TensorProto] = {}
+
+    def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
+        """Add a node; returns its first output."""
+        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), domain=domain, **attributes))
+        return outputs[0]
+
+    def weight(self, name: str) -> str:
+        """Declare a stored tensor as an external initializer."""
+        if name not in self._constants:
+            kind = TensorProto.UINT8 if name.endswith(".q") else TensorProto.FLOAT
+            proto = TensorProto(name=name, data_type=kind, dims=self._tensors[name])
+            proto.data_location = TensorProto.EXTERNAL
+            proto.external_data.add(key="location", value=file_of(name))
+            self._constants[name] = proto
+        return name
+
+    def constant(self, name: str, values: Sequence[int]) -> str:
+        """Declare a small vector of int64 inside the graph."""
+        self._constants.setdefault(name, helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+        return name
+
+    def layers(self, span: Span) -> tuple[str, str]:
+        """Add the span's layers; returns the names of the normalised and the carried stream."""
+        norms = [f"layers.{n}.attn_norm" for n in span.layers] + [span.norm]
+        eps = self._shape.norm_eps
+        carried = "x"
+        h = self.node("SimplifiedLayerNormalization", ["x", self.weight(norms[0])], ["x_normed"], axis=-1, epsilon=eps)
+        for n, next_norm in zip(span.layers, norms[1:], strict=True):
+            at = f"layers.{n}"
+            attended = self._attention(n, self.project(f"{at}.qkv", h, self._shape.width))
+            out = self.project(f"{at}.out", attended, self._shape.query_width)
+            h, carried = self._add_and_norm(f"{at}.attn", out, carried, f"{at}.mlp_norm")
+            down = self.project(f"{at}.down", self._gated(n, h), self._shape.mlp_width)
+            h, carried = self._add_and_norm(f"{at}.mlp", down, carried, next_norm)
+        return h, carried
+
+    def _add_and_norm(self, name: str, x: str, skip: str, norm: str) -> tuple[str, str]:
+        outputs = [f"{name}.normed", "", "", f"{name}.sum"]
+        inputs = [x, skip, self.weight(norm)]
+        self.node("SkipSimplifiedLayerNormalization", inputs, outputs, CONTRIB, epsilon=self._shape.norm_eps)
+        return outputs[0], outputs[3]
+
+    def _attention(self, n: int, qkv: str) -> str:
+        s, at = self._shape, f"layers.{n}"
+        past, present = [f"past_key.{n}", f"past_value.{n}"], [f"present_key.{n}", f"present_value.{n}"]
+        inputs = [qkv, "", "", *past, "last_position", "total_length", "cos", "sin"]
+        return self.node(
+            "GroupQueryAttention", inputs, [f"{at}.attended", *present], CONTRIB,
+            num_heads=s.n_heads, kv_num_heads=s.n_kv_heads, do_rotary=1, scale=s.head_dim**-0.5,
+        )  # fmt: skip
+
+    def _gated(self, n: int, h: str) -> str:
+        at = f"layers.{n}"
+        both = self.project(f"{at}.gate_up", h, self._shape.width)
+        self.node("Split", [both], [f"{at}.gate", f"{at}.up"], axis=-1, num_outputs=2)
+        act = self.node("QuickGelu", [f"{at}.gate"], [f"{at}.silu"], CONTRIB, alpha=1.0)
+        return self.node("Mul", [act, f"{at}.up"], [f"{at}.gated"])
+
+    def project(self, site: str, x: str, n_in: int) -> str:
+        """Add `y = W x`, with the block offsets and the adapter where they are stored; returns y."""
+        if f"{site}.w" in self._tensors:
+            y = self._product(f"{site}.w", x, f"{site}.y")
+        else:
+            y = self._block_product(site, x, n_in)
+        if f"{site}.shift" in self._tensors:
+            sums = self._block_sums(x, n_in)
+            shift = self.node("MatMul", [sums, self.weight(f"{site}.shift")], [f"{site}.offset"])
+            y = self.node("Add", [y, shift], [f"{site}.shifted"])
+        low = site.replace("layers.", "adapter.", 1)
+        if self._adapter and f"{low}.a" in self._tensors:
+            delta = self._product(f"{low}.b", self._product(f"{low}.a", x, f"{low}.down"), f"{low}.delta")
+            y = self.node("Add", [y, delta], [f"{low}.y"])
+        return y
+
+    def _product(self, weight: str, x: str, y: str) -> str:
+        return self.node("FusedMatMul", [x, self.weight(weight)], [y], CONTRIB, transB=1)
+
+    def _block_product(self, site: str, x: str, n_in: int) -> str:
+        n_out, _, blob = self._tensors[f"{site}.q"]
+        inputs = [x, self.weight(f"{site}.q"), self.weight(f"{site}.scale")]
+        return self.node(
+            "MatMulNBits", inputs, [f"{site}.y"], CONTRIB,
+            K=n_in, N=n_out, bits=blob * 8 // BLOCK, block_size=BLOCK, accuracy_level=self._accuracy_level,
+        )  # fmt: skip
+
+    def _block_sums(self, x: str, n_in: int) -> str:
+        """Sum x over blocks, (1, T, K) → (1, T, K/32)."""
+        blocks = self.constant(f"blocks_of_{n_in}", [1, -1, n_in // BLOCK, BLOCK])
+        cut = self.node("Reshape", [x, blocks], [f"{x}.blocks"])
+        return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
+
+    def head(self, hidden: str, all_logits: bool) -> str:
+        """Add the vocabulary head on the last position, or on all."""
+        if not all_logits:
+            starts, stops = self.constant("last", [-1]), self.constant("end", [2**31 - 1])
+            hidden = self.node("Slice", [hidden, starts, stops, self.constant("time_axis", [1])], ["last_hidden"])
+        return self.project("head", hidden, self._shape.width)
+
+    def model(self, span: Span, outputs: Mapping[str, str]) -> ModelProto:
+        """Close the graph: rename its results, declare inputs and outputs."""
+        s = self._shape
+        for name, value in outputs.items():
+            self.node("Identity", [value], [name])
+        wide: list[str | int] = [1, "T", s.width]
+        cache: list[str | int] = [1, s.n_kv_heads, "room", s.head_dim]
+        rotary = [_value(name, ["positions", s.head_dim // 2]) for name in ("cos", "sin")]
+        inputs = [_value("x", wide), _value("last_position", [1], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
+        results = [_value(name, [1, "P", s.vocab_size] if name == "logits" else wide) for name in outputs]
+        for n in span.layers:
+            inputs += [_value(f"past_key.{n}", cache), _value(f"past_value.{n}", cache)]
+            results += [_value(f"present_key.{n}", cache), _value(f"present_value.{n}", cache)]
+        name = f"layers {span.first} to {span.stop - 1}"
+        graph = helper.make_graph(self._nodes, name, [*inputs, *rotary], results, list(self._constants.values()))
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="edgecascade")
+
+
+def _value(name: str, dims: Sequence[str | int], kind: int = TensorProto.FLOAT) -> Any:
+    return helper.make_tensor_value_info(name, kind, list(dims))

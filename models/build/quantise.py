@@ -1,0 +1,116 @@
+"""Turn matrices into the operands that a graph multiplies by.
+
+GGUF's own grids are kept exactly. A Q4_1 block says w = d·q + m; the kernel computes d·(q − 8)·x, and what is left,
+(m + 8d)·Σx over the block, is one small product with `shift`. Q4_0 has m = −8d, so no shift; Q8_0 fits 8 bits. Other
+tensors get the best symmetric scale of a few, block by block. Shapes: N outputs, K inputs, G = ⌈K / 32⌉ blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact.names import BLOCK
+from models.build.source import GridSource, TensorSource
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+GRIDS: Mapping[str, int] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+"""Block formats that are kept as they are, and their bits."""
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Scales tried by `symmetric`, as shares of the one that just holds the largest weight."""
+
+
+def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floats | None = None) -> dict[str, Array]:
+    """Return the operands of the named matrices, stacked: `w`, or `q`, `scale` and perhaps `shift`.
+
+    `quant` is 'fp32', 'int8' or 'int4'; `extra` (N, K) is added to the weights, which then leave the file's grid.
+    """
+    bits = {"fp32": 32, "int8": 8, "int4": 4}[quant]
+    if bits == 32 or extra is not None or not _on_grid(source, names, bits):
+        stacked = np.concatenate([source.tensor(name) for name in names])
+        stacked = stacked if extra is None else stacked + extra
+        return {"w": stacked} if bits == 32 else symmetric(stacked, bits)
+    assert isinstance(source, GridSource)
+    parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
+    joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
+    if any("shift" in part for part in parts):
+        shifts = [part.get("shift", np.zeros_like(part["scale"])) for part in parts]
+        joined["shift"] = np.ascontiguousarray(np.concatenate(shifts).T)
+    return joined
+
+
+def _on_grid(source: TensorSource, names: Sequence[str], bits: int) -> bool:
+    """Whether all matrices lie on grids of one width that is at most as wide as asked for, or exact anyway."""
+    if not isinstance(source, GridSource):
+        return False
+    widths = {GRIDS.get(source.quantisation(name), 0) for name in names}
+    return widths == {bits} or widths == {8}
+
+
+def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None = None) -> dict[str, Array]:
+    """Repack GGUF blocks (N, bytes) of `kind` as `q`, `scale` and, for Q4_1, `shift` (N, G); exact."""
+    rows = blocks if row_order is None else blocks[row_order]
+    cut = rows.reshape(len(rows), -1, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind])
+    scale = _half(cut[..., :2])
+    if kind == "Q8_0":
+        return {"q": cut[..., 2:] ^ np.uint8(0x80), "scale": scale}
+    codes = cut[..., -16:]
+    packed = {"q": pack_nibbles(np.concatenate([codes & 15, codes >> 4], axis=-1)), "scale": scale}
+    if kind == "Q4_1":
+        packed["shift"] = _half(cut[..., 2:4]) + 8 * scale
+    return packed
+
+
+def _half(two_bytes: Bytes) -> Floats:
+    return np.ascontiguousarray(two_bytes).view(np.float16)[..., 0].astype(np.float32)
+
+
+def pack_nibbles(codes: Bytes) -> Bytes:
+    """Pack codes 0…15 (…, 32) in pairs, the earlier one low, (…, 16)."""
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
+
+
+def unpack_nibbles(packed: Bytes) -> Bytes:
+    """Undo `pack_nibbles`."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def symmetric(weights: Floats, bits: int) -> dict[str, Array]:
+    """Quantise (N, K) to `bits` per block of 32, choosing each block's scale by its squared error; K is padded."""
+    n_rows, n_in = weights.shape
+    padded = np.pad(weights, ((0, 0), (0, -n_in % BLOCK))).reshape(n_rows, -1, BLOCK)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    peak = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
+    best_scale = peak / low
+    best_codes, best_error = _round(padded, best_scale, low, high)
+    for share in SHRINK[1:] if bits == 4 else ():
+        codes, error = _round(padded, share * peak / low, low, high)
+        better = error < best_error
+        best_scale = np.where(better, share * peak / low, best_scale)
+        best_codes, best_error = np.where(better, codes, best_codes), np.minimum(error, best_error)
+    q = (best_codes - low).astype(np.uint8)
+    scale = np.ascontiguousarray(best_scale[..., 0], np.float32)
+    return {"q": q if bits == 8 else pack_nibbles(q), "scale": scale}
+
+
+def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, Floats]:
+    codes = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)), low, high)
+    return codes, np.square(codes * scale - blocks).sum(-1, keepdims=True)
+
+
+def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:
+    """Return the fp32 matrix (N, K) that the operands stand for."""
+    if "w" in parts:
+        return np.asarray(parts["w"], np.float32)
+    eight = parts["q"].shape[-1] == BLOCK
+    codes = parts["q"].astype(np.int16) - 128 if eight else unpack_nibbles(parts["q"]).astype(np.int16) - 8
+    weights = codes * parts["scale"][..., None]
+    if "shift" in parts:
+        weights = weights + parts["shift"].T[..., None]
+    return np.asarray(weights.reshape(len(weights), -1)[:, :n_in], np.float32)

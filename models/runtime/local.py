@@ -1,0 +1,165 @@
+"""A tier that runs in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from models.artifact.names import FRAMES, PLAIN, graph_file
+from models.artifact.store import Artifact
+from models.errors import ArtifactError, PromptError, PromptTooLongError
+from models.runtime import frames
+from models.runtime.chat import ChatTemplate
+from models.runtime.decode import Vocabulary, decode
+from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
+from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
+from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
+
+
+class SkillReader:
+    """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`."""
+
+    def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float) -> None:
+        self.skills = skills
+        self._decoder, self._tokenizer, self._exit_threshold = decoder, tokenizer, exit_threshold
+        self._labels = artifact.labels()["labels"]
+        self._calibration = artifact.manifest.calibration
+
+    def prompt(self, query: SkillQuery) -> SkillPrompt:
+        """Encode a query; raises `PromptError` if it is empty, too long or of an unknown skill."""
+        prompt = encode(self.skills, query.skill, query.text, self._ids, self._decoder.embeddings.vocab_size)
+        needed = len(prompt.ids) + (len(prompt.echo) if self.skills[query.skill].slots else 0)
+        if needed > self._decoder.context:
+            limit = self._decoder.context
+            raise PromptTooLongError(f"the utterance needs {needed} tokens, the model reads {limit}; shorten it", "messages")
+        return prompt
+
+    def _ids(self, word: str) -> Sequence[int]:
+        ids: Sequence[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
+        return ids
+
+    def answer(self, skill: Skill, prompt: SkillPrompt) -> Iterator[Token]:
+        """Yield the intent, then, if it may carry slots, one tag a word; the texts join to the frame's JSON."""
+        with self._decoder.sequence() as sequence:
+            choice, exit_layer = self._intent(sequence, skill, prompt)
+            if not skill.slots.get(choice.label):
+                whole = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False)
+                yield Token(whole, choice.logprob, choice.margin, finish_reason="stop", exit_layer=exit_layer)
+                return
+            opening = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False).removesuffix("}}")
+            yield Token(opening, choice.logprob, choice.margin)
+            tags = self._tags(sequence, skill, prompt, choice.label)
+        slots = slots_from_tags(prompt.words, [tag.label for tag in tags])
+        closing = json.dumps(slots, ensure_ascii=False)[1:] + "}"
+        for tag in tags[:-1]:
+            yield Token("", tag.logprob, tag.margin)
+        yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop")
+
+    def _intent(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
+        reject = frames.Reject.from_manifest(self._calibration, skill.name)
+
+        def choose(state: Floats) -> frames.Choice:
+            return frames.choose_intent(self._rows(skill) @ state, skill, reject)
+
+        if skill.slots or self._exit_threshold > 1:
+            return choose(sequence.hidden(prompt.ids)[-1]), None
+        state, layer = sequence.hidden_early(prompt.ids, lambda s: math.exp(choose(s).logprob) >= self._exit_threshold)
+        return choose(state), layer if layer < self._decoder.shape.n_layers else None
+
+    def _rows(self, skill: Skill) -> Floats:
+        return self._labels[self.skills.intent_rows(skill.name)]
+
+    def _tags(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt, intent: str) -> list[frames.Choice]:
+        states = sequence.hidden(prompt.echo)[list(prompt.word_ends)]
+        return frames.tags(states @ self._labels[self.skills.tag_rows(skill.name)].T, skill, intent)
+
+
+class LocalTier:
+    """A `Tier` over an artifact; open one with `LocalTier.open`."""
+
+    def __init__(self, card: TierCard, tokenizer: Tokenizer, decoder: Decoder | None, reader: SkillReader | None, artifact: Artifact) -> None:
+        self._card, self._tokenizer, self._decoder, self._reader = card, tokenizer, decoder, reader
+        template = artifact.manifest.chat_template
+        self._template = ChatTemplate(template) if card.chats else None
+        self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
+
+    @classmethod
+    def open(
+        cls, path: Path, name: str, threads: int = 2, *, spin: bool = True, context: int = 2048, exit_threshold: float = 2.0
+    ) -> LocalTier:
+        """Load an artifact; raises `ArtifactError`.
+
+        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
+        """
+        artifact = Artifact.open(path)
+        m = artifact.manifest
+        options = EngineOptions(threads=threads, spin=spin, context=context)
+        tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
+        embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
+        split = artifact.has(graph_file(FRAMES, 0))
+        if not m.lm_head and not m.skills:
+            raise ArtifactError(f"{path} neither chats nor knows a skill")
+        plain = Decoder(m.architecture, segments(artifact, PLAIN), embeddings, options) if m.lm_head or not split else None
+        beside = Decoder(m.architecture, segments(artifact, FRAMES), embeddings, options) if split else plain
+        reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
+        card = TierCard(
+            name=name,
+            model_id=m.model_id,
+            model_version=m.model_version,
+            skills=m.skills,
+            chats=m.chats,
+            context=min(context, m.architecture.context),
+            quantisation=m.quantisation,
+            watts=m.energy.watts,
+            watts_source=m.energy.source,
+            calibration=m.calibration,
+        )
+        return cls(card, tokenizer, plain if m.lm_head else None, reader, artifact)
+
+    @property
+    def card(self) -> TierCard:
+        """What the tier says of itself."""
+        return self._card
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of the prompt as the model reads it; raises `PromptError`."""
+        if isinstance(prompt, SkillQuery):
+            return len(self._skills().prompt(prompt).ids)
+        return len(self._text_ids(prompt))
+
+    def generate(self, prompt: Prompt, limits: Limits) -> Iterator[Token]:
+        """Answer token by token; a prompt the tier cannot take raises `PromptError` here and now."""
+        if isinstance(prompt, SkillQuery):
+            reader = self._skills()
+            return reader.answer(reader.skills[prompt.skill], reader.prompt(prompt))
+        return self._decode(self._text_ids(prompt), limits)
+
+    def _skills(self) -> SkillReader:
+        if self._reader is None:
+            raise PromptError(f"the tier '{self._card.name}' has no skills; send a chat", "skill")
+        return self._reader
+
+    def _text_ids(self, prompt: Chat | Completion) -> list[int]:
+        if self._decoder is None or (isinstance(prompt, Chat) and self._template is None):
+            kind = "chat" if isinstance(prompt, Chat) else "complete text"
+            raise PromptError(f"the tier '{self._card.name}' does not {kind}; name a skill or another tier", "skill")
+        if isinstance(prompt, Chat) and self._template is not None:
+            ids: list[int] = self._tokenizer.encode(self._template.render(prompt.messages), add_special_tokens=False).ids
+        else:
+            ids = self._tokenizer.encode(prompt.text if isinstance(prompt, Completion) else "").ids
+        if not ids:
+            raise PromptError("the prompt is empty; send some text", "prompt")
+        if len(ids) >= self._card.context:
+            limit = self._card.context
+            raise PromptTooLongError(f"the prompt has {len(ids)} tokens, the model reads fewer than {limit}; shorten it", "messages")
+        return ids
+
+    def _decode(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
+        if self._decoder is None:
+            return
+        with self._decoder.sequence() as sequence:
+            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids))

@@ -1,0 +1,65 @@
+"""Pick the next token from logits. Pure: the caller owns the random generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.runtime.tier import Limits
+
+Floats = NDArray[np.float32]
+_FIRST_LOOK = 1024
+"""Candidates that are sorted at first; the nucleus seldom needs more."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The chosen token; `logprob` and `margin` before temperature, `top` the likeliest ids with their log-probabilities."""
+
+    id: int
+    logprob: float
+    margin: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def pick(logits: Floats, limits: Limits, rng: np.random.Generator) -> Pick:
+    """Choose a token id from logits (V,)."""
+    peak = float(logits.max())
+    log_total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    best = best_ids(logits, max(2, limits.top_logprobs))
+    probabilities = np.exp(logits[best[:2]].astype(np.float64) - log_total)
+    margin = float(probabilities[0] - probabilities[1]) if len(probabilities) > 1 else 1.0
+    chosen = int(best[0]) if limits.temperature == 0 else draw(logits, limits.temperature, limits.top_p, rng)
+    top = tuple((int(i), float(logits[i] - log_total)) for i in best[: limits.top_logprobs])
+    return Pick(chosen, float(logits[chosen] - log_total), margin, top)
+
+
+def best_ids(logits: Floats, count: int) -> NDArray[np.intp]:
+    """Ids of the `count` largest logits, largest first; among equals the smaller id, as argmax does."""
+    count = min(count, len(logits))
+    floor = np.partition(logits, -count)[-count]
+    candidates = np.flatnonzero(logits >= floor)
+    return candidates[np.argsort(-logits[candidates], kind="stable")][:count]
+
+
+def nucleus(scaled: Floats, top_p: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the smallest set of ids whose probability reaches `top_p`, likeliest first, with their probabilities."""
+    weights = np.exp(scaled.astype(np.float64) - float(scaled.max()))
+    weights /= weights.sum()
+    count = _FIRST_LOOK if top_p < 1 else len(weights)
+    ids = best_ids(scaled, count)
+    if count < len(weights) and weights[ids].sum() < top_p:
+        ids = best_ids(scaled, len(weights))
+    reached = np.cumsum(weights[ids]) >= top_p
+    kept = ids[: int(reached.argmax()) + 1] if top_p < 1 and reached.any() else ids
+    return kept, weights[kept]
+
+
+def draw(logits: Floats, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """Draw from the nucleus of the tempered distribution; the same generator state gives the same token."""
+    scaled = (logits - logits.max()) / max(temperature, 1e-6)
+    ids, weights = nucleus(np.asarray(scaled, np.float32), top_p)
+    edges = np.cumsum(weights)
+    return int(ids[min(int(np.searchsorted(edges, rng.random() * edges[-1], side="right")), len(ids) - 1)])

@@ -1,0 +1,95 @@
+"""What a tier is to everyone else: one interface, and the values that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from models.skills import SkillSet
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One decoded step; for a skill a step is a label decision, the intent first, then one a word.
+
+    `text` is what the step adds to the answer ('' if nothing yet); `logprob` the natural log of the chosen token's or
+    label's probability, before temperature; `margin` the probability of the best less that of the second best.
+    `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
+    answered.
+    """
+
+    text: str
+    logprob: float
+    margin: float
+    id: int = -1
+    top: tuple[tuple[str, float], ...] = ()
+    finish_reason: str | None = None
+    exit_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class SkillQuery:
+    """An utterance for one skill; answered by a frame."""
+
+    skill: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, each message with `role` and `content`; answered by the next message."""
+
+    messages: tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text to go on with."""
+
+    text: str
+
+
+Prompt = SkillQuery | Chat | Completion
+
+
+@dataclass(frozen=True)
+class TierCard:
+    """What a tier says of itself; `context` in tokens, `watts` while it computes, None if nobody measured."""
+
+    name: str
+    model_id: str
+    model_version: str
+    skills: SkillSet | None
+    chats: bool
+    context: int
+    quantisation: str
+    watts: float | None = None
+    watts_source: str = ""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tier(Protocol):
+    """A model that answers prompts."""
+
+    @property
+    def card(self) -> TierCard:
+        """What the tier says of itself."""
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of the prompt as the model reads it; raises `PromptError`."""
+
+    def generate(self, prompt: Prompt, limits: Limits) -> Iterator[Token]:
+        """Answer token by token; raises `PromptError` before the first, frees the session when closed."""
