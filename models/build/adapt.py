@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tokenizers import Tokenizer
 
-from models.build.batches import Batch, Encoder, SlotSwapper, add_noise, batches
+from models.build.augment import SlotSwapper
+from models.build.batches import Batch, Encoder, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
 from models.build.gguf_source import GgufSource
 from models.build.torch_llama import LabelDecoder, Layer

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.build.datasets import Example
-from models.skills import SkillSet, encode, split_words
+from models.skills import SkillSet, encode
 
 IGNORE = -100
 """A tag position that carries no label."""
@@ -73,55 +73,6 @@ class Encoder:
         tags = tuple(known.get(tag, IGNORE) for tag in example.tags)
         at = tuple(answer_at + 1 + end for end in prompt.word_ends)
         return Row(prompt.ids + prompt.echo, answer_at, skill, intent, at, tags, key)
-
-
-class SlotSwapper:
-    """Replaces slot values by other training values of the same slot, so that spans are learnt, not names."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._values: dict[str, list[list[str]]] = {}
-        for example in examples:
-            for name, words in spans(example) if example.tags else ():
-                if name:
-                    self._values.setdefault(name, []).append(words)
-
-    def swap(self, example: Example, rate: float, rng: random.Random) -> Example:
-        """Return the example with each slot value replaced with probability `rate`."""
-        if not example.tags:
-            return example
-        words: list[str] = []
-        tags: list[str] = []
-        for name, span in spans(example):
-            value = rng.choice(self._values[name]) if name and rng.random() < rate else span
-            words.extend(value)
-            tags.extend(["O"] * len(value) if not name else [f"B-{name}", *[f"I-{name}"] * (len(value) - 1)])
-        return replace(example, text=" ".join(words), tags=tuple(tags))
-
-
-def spans(example: Example) -> Iterator[tuple[str, list[str]]]:
-    """Yield `(slot name or '', words)` in order."""
-    name, words = "", list[str]()
-    for word, tag in zip(example.text.split(), example.tags, strict=True):
-        if tag.startswith("I-") and tag[2:] == name:
-            words.append(word)
-            continue
-        if words:
-            yield name, words
-        name, words = tag[2:], [word]
-    if words:
-        yield name, words
-
-
-def drop_words(example: Example, rate: float, rng: random.Random) -> Example:
-    """Drop unlabelled words with probability `rate`; at least one word stays."""
-    words = split_words(example.text)
-    tags = example.tags or ("O",) * len(words)
-    if len(tags) != len(words):
-        return example
-    kept = [(w, t) for w, t in zip(words, tags, strict=True) if t != "O" or rng.random() >= rate]
-    if not kept:
-        return example
-    return replace(example, text=" ".join(w for w, _ in kept), tags=tuple(t for _, t in kept) if example.tags else ())
 
 
 def batches(rows: Sequence[Row], token_budget: int, rng: random.Random | None = None, pool: int = 2048) -> Iterator[Batch]:

@@ -1,0 +1,182 @@
+"""Distil the device tier: a few million parameters taught by the edge tier on labelled and made-up utterances.
+
+The loss is the Kullback-Leibler divergence from the teacher's softened distribution (Hinton et al. 2015,
+arXiv 1503.02531) plus cross-entropy with the labels, at the end and at each exit. The undistilled twin sees the same
+utterances for the same steps with the labels only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.build.augment import Crossing, Neighbours, SlotSwapper
+from models.build.batches import Batch, Encoder, Row, add_noise, batches
+from models.build.datasets import Example, foreign, skill_set
+from models.build.gguf_source import GgufSource
+from models.build.student import STUDENT_SHAPE, Student, projected_embedding
+from models.build.teach import Lesson, load_teacher, teach
+from models.build.tokenizers import cut_vocabulary
+from models.build.training import LabelLoss, Report, Schedule, Trainer
+from models.skills import OUT_OF_SCOPE, SkillSet
+
+
+@dataclass(frozen=True)
+class DistilSettings:
+    """What makes a device tier; a fixed seed makes it again. `taught=False` trains the undistilled twin."""
+
+    taught: bool = True
+    seed: int = 11
+    vocab_size: int = 4096
+    exits: tuple[int, ...] = (2, 4)
+    schedule: Schedule = Schedule(epochs=8, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
+    temperature: float = 2.0
+    label_share: float = 0.3
+    exit_weight: float = 0.3
+    smoothing: float = 0.1
+    noise: float = 0.08
+    dropout: float = 0.1
+    copies: int = 2
+    swap: float = 0.6
+    neighbour: float = 0.15
+    foreign_per_skill: int = 800
+    oos_repeat: int = 4
+
+
+def made_up(train: Sequence[Example], skills: SkillSet, neighbours: Neighbours, settings: DistilSettings) -> list[Example]:
+    """The utterances to learn from: the training set, out-of-scope ones, and `copies` made-up ones of each."""
+    rng = random.Random(settings.seed)
+    swapper, strangers = SlotSwapper(train), foreign(train, skills)
+    rare = [e for e in train if e.skill == "assistant" and e.intent == OUT_OF_SCOPE]
+    pool = [*train, *rare * (settings.oos_repeat - 1)]
+    for name in skills.names:
+        mine = [e for e in strangers if e.skill == name]
+        pool.extend(rng.sample(mine, min(settings.foreign_per_skill, len(mine))))
+    made, crossing = list(pool), Crossing(pool)
+    for copy in range(settings.copies):
+        for example in pool:
+            if example.tags:
+                new = swapper.swap(example, settings.swap, rng) if copy % 2 == 0 else None
+            else:
+                new = neighbours.replace(example, settings.neighbour, rng) if copy % 2 == 0 else crossing.cross(example, rng)
+            if new is not None:
+                made.append(new)
+    return made
+
+
+class TaughtLoss:
+    """Distillation loss at every exit and the end; without lessons, labels alone."""
+
+    def __init__(self, skills: SkillSet, lesson: Lesson | None, settings: DistilSettings) -> None:
+        self._labels = LabelLoss(skills, settings.smoothing)
+        self._lesson, self._settings = lesson, settings
+
+    def __call__(self, outputs: list[Tensor], labels: Tensor, batch: Batch) -> Tensor:
+        """Weighted sum over exits; the last output has weight one."""
+        weights = [self._settings.exit_weight] * (len(outputs) - 1) + [1.0]
+        losses = [w * self._one(hidden, labels, batch) for w, hidden in zip(weights, outputs, strict=True)]
+        return torch.stack(losses).sum()
+
+    def _one(self, hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        gold = self._labels(hidden, labels, batch)
+        if self._lesson is None:
+            return gold
+        total, count = {"intent": hidden.new_zeros(()), "tag": hidden.new_zeros(())}, {"intent": 0, "tag": 0}
+        t = self._settings.temperature
+        for kind, logits, _, rows in self._labels.split(hidden, labels, batch):
+            target = torch.from_numpy(self._targets(kind, batch, rows.tolist())).float()
+            loss = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(target / t, -1), reduction="sum") * t * t
+            total[kind] = total[kind] + loss
+            count[kind] += len(logits)
+        taught = total["intent"] / max(count["intent"], 1) + total["tag"] / max(count["tag"], 1)
+        share = self._settings.label_share
+        return share * gold + (1 - share) * taught
+
+    def _targets(self, kind: str, batch: Batch, rows: list[int]) -> Any:
+        assert self._lesson is not None  # noqa: S101 - narrowed by the caller
+        if kind == "intent":
+            return np.stack([self._lesson.intents[int(batch.keys[i])] for i in rows])
+        order = list(dict.fromkeys(rows))
+        return np.concatenate([self._lesson.tags[int(batch.keys[i])] for i in order])
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """All rows of a run and the noise put on them."""
+
+    rows: Sequence[Row]
+    settings: DistilSettings
+    vocab_size: int
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of epoch `number`; the same for the same seed."""
+        seed = self.settings.seed * 1000 + number
+        rng, noise = random.Random(seed), np.random.default_rng(seed)
+        for batch in batches(self.rows, self.settings.schedule.token_budget, rng):
+            yield add_noise(batch, self.settings.noise, self.vocab_size, noise)
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """What teacher and student share: skills, utterances, the teacher's tokenizer and the student's."""
+
+    skills: SkillSet
+    utterances: list[Example]
+    tokenizer: Tokenizer
+    taken_ids: list[int]
+    teacher_tokenizer: Tokenizer
+
+
+def classroom(source: GgufSource, train: Sequence[Example], settings: DistilSettings) -> Classroom:
+    """Cut the tokenizer and make the utterances."""
+    skills, teacher_tokenizer = skill_set(train), source.tokenizer()
+    words = sorted({w.lower() for e in train for w in e.text.split()})
+    counted = [f" {w.lower()}" for e in train for w in e.text.split()]
+    cut, taken = cut_vocabulary(teacher_tokenizer, source.tokens, source.merges, counted, settings.vocab_size, source.splitter)
+    neighbours = Neighbours(words, teacher_tokenizer, source.tensor("token_embd.weight"))
+    return Classroom(skills, made_up(train, skills, neighbours, settings), cut, taken, teacher_tokenizer)
+
+
+def lesson_for(room: Classroom, source: GgufSource, adapter: Path, cache: Path, report: Report) -> Lesson:
+    """The teacher's outputs for all utterances, kept in `cache` so that a stopped run goes on."""
+    if cache.exists():
+        kept = torch.load(cache, weights_only=False)
+        return Lesson(kept["intents"], kept["tags"])
+    encoder = Encoder(room.teacher_tokenizer, room.skills, source.shape.vocab_size)
+    rows = [encoder.row(e, key) for key, e in enumerate(room.utterances)]
+    lesson = teach(load_teacher(source, room.skills, adapter), room.skills, rows, report)
+    torch.save({"intents": lesson.intents, "tags": lesson.tags}, cache)
+    return lesson
+
+
+def distil(
+    source: GgufSource, train: Sequence[Example], adapter: Path, out: Path, settings: DistilSettings, report: Report
+) -> tuple[Student, Classroom]:
+    """Train a device model (or its twin) and return it with its classroom; goes on from `out/checkpoint.pt`."""
+    torch.manual_seed(settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    room = classroom(source, train, settings)
+    lesson = lesson_for(room, source, adapter, out / "lesson.pt", report) if settings.taught else None
+    embedding = projected_embedding(source.tensor("token_embd.weight"), room.taken_ids, STUDENT_SHAPE.width)
+    model = Student(STUDENT_SHAPE, settings.exits, room.skills.n_inputs, room.skills.n_rows, embedding).train()
+    encoder = Encoder(room.tokenizer, room.skills, len(room.taken_ids))
+    data = Curriculum([encoder.row(e, k) for k, e in enumerate(room.utterances)], settings, len(room.taken_ids))
+    epochs = settings.schedule.epochs
+    total = sum(sum(1 for _ in batches(data.rows, settings.schedule.token_budget, random.Random(settings.seed * 1000 + e))) for e in range(epochs))
+    identity = {"source": source.digest(), "settings": json.dumps(asdict(settings), sort_keys=True), "examples": len(train)}
+    trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
+    trainer.resume()
+    loss = TaughtLoss(room.skills, lesson, settings)
+    stream = (batch for e in range(epochs) for batch in data.epoch(e))
+    trainer.run(stream, lambda b: loss(model(torch.from_numpy(b.ids), settings.dropout), model.labels, b), report)
+    return model.eval(), room
