@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from models.build.augment import SlotSwapper
 from models.build.batches import Batch, Encoder, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
-from models.build.gguf_source import GgufSource
+from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder, Layer
 from models.build.training import LabelLoss, Report, Schedule, Trainer
 from models.skills import OUT_OF_SCOPE, SkillSet
@@ -42,7 +42,7 @@ class AdaptSettings:
     oos_repeat: int = 4
 
 
-def adapt(source: GgufSource, train: Sequence[Example], out: Path, settings: AdaptSettings, report: Report) -> None:
+def adapt(source: TensorSource, train: Sequence[Example], out: Path, settings: AdaptSettings, report: Report) -> None:
     """Train an adapter and write it to `out`; goes on from `out/checkpoint.pt` if that is there."""
     torch.manual_seed(settings.seed)
     skills = skill_set(train)
@@ -84,7 +84,7 @@ class TrainingMix:
             yield add_noise(batch, s.noise, self._vocab_size, noise)
 
 
-def edge_model(source: GgufSource, skills: SkillSet, settings: AdaptSettings, dtype: torch.dtype = torch.bfloat16) -> LabelDecoder:
+def edge_model(source: TensorSource, skills: SkillSet, settings: AdaptSettings, dtype: torch.dtype = torch.bfloat16) -> LabelDecoder:
     """The source's weights, frozen in `dtype`, with fresh LoRA from `first_layer` up."""
 
     def get(name: str) -> Tensor:

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from models.artifact.shape import LlamaShape
 from models.build.augment import Crossing, Neighbours, SlotSwapper
 from models.build.batches import Batch, Encoder, Row, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
-from models.build.gguf_source import GgufSource
+from models.build.source import TensorSource
 from models.build.student import STUDENT_SHAPE, Student, projected_embedding
 from models.build.teach import Lesson, load_teacher, teach
 from models.build.tokenizers import cut_vocabulary
@@ -38,8 +39,9 @@ class DistilSettings:
     taught: bool = True
     seed: int = 11
     vocab_size: int = 4096
+    shape: LlamaShape = STUDENT_SHAPE
     exits: tuple[int, ...] = (2, 4)
-    schedule: Schedule = Schedule(epochs=8, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
+    schedule: Schedule = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
     temperature: float = 2.0
     label_share: float = 0.3
     exit_weight: float = 0.3
@@ -137,17 +139,17 @@ class Classroom:
     teacher_tokenizer: Tokenizer
 
 
-def classroom(source: GgufSource, train: Sequence[Example], settings: DistilSettings) -> Classroom:
+def classroom(source: TensorSource, train: Sequence[Example], settings: DistilSettings) -> Classroom:
     """Cut the tokenizer and make the utterances."""
     skills, teacher_tokenizer = skill_set(train), source.tokenizer()
     words = sorted({w.lower() for e in train for w in e.text.split()})
     counted = [f" {w.lower()}" for e in train for w in e.text.split()]
-    cut, taken = cut_vocabulary(teacher_tokenizer, source.tokens, source.merges, counted, settings.vocab_size, source.splitter)
+    cut, taken = cut_vocabulary(teacher_tokenizer, counted, settings.vocab_size)
     neighbours = Neighbours(words, teacher_tokenizer, source.tensor("token_embd.weight"))
     return Classroom(skills, made_up(train, skills, neighbours, settings), cut, taken, teacher_tokenizer)
 
 
-def lesson_for(room: Classroom, source: GgufSource, adapter: Path, cache: Path, report: Report) -> Lesson:
+def lesson_for(room: Classroom, source: TensorSource, adapter: Path, cache: Path, report: Report) -> Lesson:
     """The teacher's outputs for all utterances, kept in `cache` so that a stopped run goes on."""
     if cache.exists():
         kept = torch.load(cache, weights_only=False)
@@ -160,15 +162,15 @@ def lesson_for(room: Classroom, source: GgufSource, adapter: Path, cache: Path, 
 
 
 def distil(
-    source: GgufSource, train: Sequence[Example], adapter: Path, out: Path, settings: DistilSettings, report: Report
+    source: TensorSource, train: Sequence[Example], adapter: Path, out: Path, settings: DistilSettings, report: Report
 ) -> tuple[Student, Classroom]:
     """Train a device model (or its twin) and return it with its classroom; goes on from `out/checkpoint.pt`."""
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     room = classroom(source, train, settings)
     lesson = lesson_for(room, source, adapter, out / "lesson.pt", report) if settings.taught else None
-    embedding = projected_embedding(source.tensor("token_embd.weight"), room.taken_ids, STUDENT_SHAPE.width)
-    model = Student(STUDENT_SHAPE, settings.exits, room.skills.n_inputs, room.skills.n_rows, embedding).train()
+    embedding = projected_embedding(source.tensor("token_embd.weight"), room.taken_ids, settings.shape.width)
+    model = Student(settings.shape, settings.exits, room.skills.n_inputs, room.skills.n_rows, embedding).train()
     encoder = Encoder(room.tokenizer, room.skills, len(room.taken_ids))
     data = Curriculum([encoder.row(e, k) for k, e in enumerate(room.utterances)], settings, len(room.taken_ids))
     epochs = settings.schedule.epochs

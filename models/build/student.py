@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.build.gguf_source import LlamaShape
+from models.artifact.shape import LlamaShape
 from models.build.torch_llama import Layer, position_tables, site_shapes
 
 STUDENT_SHAPE = LlamaShape(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.build.adapt import AdaptSettings, edge_model
 from models.build.batches import Batch, Row, batches
-from models.build.gguf_source import GgufSource
+from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder
 from models.build.training import Report
 from models.skills import SkillSet
@@ -29,9 +30,10 @@ class Lesson:
     tags: dict[int, NDArray[np.float16]]
 
 
-def load_teacher(source: GgufSource, skills: SkillSet, adapter: Path, settings: AdaptSettings = AdaptSettings()) -> LabelDecoder:
+def load_teacher(source: TensorSource, skills: SkillSet, adapter: Path) -> LabelDecoder:
     """The adapted edge model with its LoRA merged, ready for inference in bf16."""
-    model = edge_model(source, skills, settings)
+    made = json.loads(json.loads((adapter / "adapter.json").read_text("utf-8"))["settings"])
+    model = edge_model(source, skills, AdaptSettings(rank=made["rank"], first_layer=made["first_layer"]))
     tensors = load_file(adapter / "adapter.safetensors")
     with torch.no_grad():
         model.labels.copy_(tensors["labels"])

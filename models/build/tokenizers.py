@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -24,28 +25,32 @@ def byte_level_bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], spe
     return tokenizer
 
 
-def cut_vocabulary(
-    source: Tokenizer, tokens: Sequence[str], merges: Sequence[tuple[str, str]], words: Iterable[str], size: int, splitter: str
-) -> tuple[Tokenizer, list[int]]:
-    """Cut a byte-level BPE down to the `size` tokens that some words need most; still byte-safe.
+def cut_vocabulary(source: Tokenizer, words: Iterable[str], size: int) -> tuple[Tokenizer, list[int]]:
+    """Cut a byte-level BPE down to at most `size` tokens, those that `words` need most; still byte-safe.
 
     Keeps all byte tokens and the most frequent tokens of `words` with the merges that build them, in their order.
     Returns the tokenizer and, for each of its ids, the id in the source: embeddings can be taken over.
     """
     counts: Counter[str] = Counter()
-    for encoding in source.encode_batch(list(words)):
+    for encoding in source.encode_batch(list(words), add_special_tokens=False):
         counts.update(encoding.tokens)
+    model = json.loads(source.to_str())["model"]
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     made_by = {left + right: (left, right) for left, right in reversed(merges)}
-    kept = {t for t in pre_tokenizers.ByteLevel.alphabet()}
+    kept = set(pre_tokenizers.ByteLevel.alphabet())
     for token, _ in counts.most_common():
         need = _parts(token, made_by) - kept
-        if len(kept) + len(need) > size:
-            continue
-        kept |= need
-    cut = [t for t in tokens if t in kept]
-    small = byte_level_bpe(cut, [m for m in merges if m[0] + m[1] in kept and m[0] in kept and m[1] in kept], (), splitter)
-    position = {t: i for i, t in enumerate(tokens)}
-    return small, [position[t] for t in cut]
+        if len(kept) + len(need) <= size:
+            kept |= need
+    tokens = [token for token in sorted(model["vocab"], key=model["vocab"].__getitem__) if token in kept]
+    small = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[(left, right) for left, right in merges if {left, right, left + right} <= kept],
+        )
+    )
+    small.pre_tokenizer, small.decoder = source.pre_tokenizer, source.decoder
+    return small, [model["vocab"][token] for token in tokens]
 
 
 def _parts(token: str, made_by: dict[str, tuple[str, str]]) -> set[str]:

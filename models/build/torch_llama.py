@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.build.gguf_source import LlamaShape
+from models.artifact.shape import LlamaShape
 
 SITES = ("qkv", "out", "gate_up", "down")
 
