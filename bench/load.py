@@ -78,6 +78,14 @@ def steps(rates: Sequence[float], each_s: float, seed: int = 1) -> list[float]:
     return _bounded(times)
 
 
+def rates(text: str) -> list[float]:
+    """Read one rate, or several parted by commas; raises `BenchError`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BenchError(f"the rate '{text}' is not a number, or numbers parted by commas") from error
+
+
 def _positive(*values: float) -> None:
     if min(values) <= 0:
         raise BenchError("rates and durations must be greater than 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -63,6 +64,25 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
             shares = (row.in_scope_accuracy, row.oos_recall, row.oos_precision)
             table.add_row(NAMES[name], *map(percent, shares), number(row.ece, 3))
     return table
+
+
+def load_table(figures: Mapping[str, Any]) -> Table:
+    """The spreads of a load run, in milliseconds."""
+    table = Table()
+    table.add_column("ms")
+    spreads = {name.removesuffix("_ms"): values for name, values in figures.items() if name.endswith("_ms")}
+    for name in next(iter(spreads.values()), {}):
+        table.add_column(name, justify="right")
+    for name, values in spreads.items():
+        table.add_row(name.replace("_", " "), *map(number, values.values()))
+    return table
+
+
+def load_line(figures: Mapping[str, Any]) -> str:
+    """What else a load run showed, in a line."""
+    seen = {name: figures[name] for name in ("requests", "answered", "errors", "sources")}
+    words = [f"{name} {value}" for name, value in seen.items() if value]
+    return ", ".join([*words, f"{number(figures['requests_per_s'])} answers a second"])
 
 
 def percent(value: float | None) -> str:

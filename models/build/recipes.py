@@ -1,0 +1,98 @@
+"""The trainings of the command line, from names to finished files. torch is imported only where one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from models.artifact.store import Artifact
+from models.build.calibrate import Level, Reading, calibrate, decode
+from models.build.datasets import Example, load
+from models.build.fetch import open_source
+from models.build.gguf_source import GgufSource
+from models.build.readings import read
+from models.errors import DataError, SourceError
+from models.runtime.frames import Reject
+from models.runtime.local import LocalTier
+from models.skills import Skill
+
+Report = Callable[[int, int, str], None]
+GRADES = ("exact", "agree-edge")
+
+
+def adapt_edge(source: str, cache: Path, data: Path, out: Path, seed: int, report: Report) -> None:
+    """Train the edge adapter on the training splits in `data` and write it to `out`."""
+    from models.build.adapt import AdaptSettings, adapt
+
+    adapt(_gguf(source, cache, report), load(data, "train"), out, AdaptSettings(seed=seed), report)
+
+
+def distil_device(
+    source: str, cache: Path, data: Path, adapter: Path, out: Path, report: Report, *, taught: bool = True
+) -> Artifact:
+    """Train the device tier (or its undistilled twin) in `out`, and write its int8 artifact to `out/tier`."""
+    from models.build.assemble import build
+    from models.build.distil import DistilSettings, distil
+    from models.build.export import write_student
+
+    student, room = distil(
+        _gguf(source, cache, report), load(data, "train"), adapter, out, DistilSettings(taught=taught), report
+    )
+    folder = write_student(student, room.skills, room.tokenizer, out / "source")
+    return build(folder, out / "tier", "int8", None, report)
+
+
+def calibrate_tier(
+    tier: Path, data: Path, edge: Path | None, level: Level, grade: str, report: Report
+) -> dict[str, Any]:
+    """Fit the tier's calibration on the validation splits in `data`, write it into its manifest, and return it.
+
+    With `edge` the threshold also keeps the cascade near it. `grade`: 'exact' (right = the label) or 'agree-edge'
+    (right = the edge says the same). Raises `DataError`.
+    """
+    if grade not in GRADES:
+        raise DataError(f"grade '{grade}' is unknown; use one of {', '.join(GRADES)}")
+    if grade == "agree-edge" and edge is None:
+        raise DataError("'agree-edge' needs the edge's artifact; name it with --edge")
+    examples = load(data, "validation")
+    opened = LocalTier.open(tier, "device")
+    larger = LocalTier.open(edge, "edge") if edge else None
+    entries = {}
+    for skill in opened.card.skills.skills if opened.card.skills else ():
+        entries[skill.name] = _calibrate_skill(
+            opened, larger, skill, [e for e in examples if e.skill == skill.name], level, grade, report
+        )
+    Artifact.open(tier).recalibrated(entries)
+    return entries
+
+
+def _calibrate_skill(
+    tier: LocalTier,
+    edge: LocalTier | None,
+    skill: Skill,
+    examples: Sequence[Example],
+    level: Level,
+    grade: str,
+    report: Report,
+) -> dict[str, Any]:
+    readings = read(tier, examples, report)
+    if edge is None:
+        return calibrate(readings, skill, level)
+    answers = [decode(r, skill, _reject(edge, skill)) for r in read(edge, examples, report)]
+    if grade == "agree-edge":
+        agreed: list[Reading] = [replace(r, target=a.frame) for r, a in zip(readings, answers, strict=True)]
+        return calibrate(agreed, skill, level)
+    return calibrate(readings, skill, level, [a.right for a in answers])
+
+
+def _reject(tier: LocalTier, skill: Skill) -> Reject:
+    return Reject.from_manifest(tier.card.calibration, skill.name)
+
+
+def _gguf(source: str, cache: Path, report: Report) -> GgufSource:
+    opened = open_source(source, cache, report)
+    if not isinstance(opened, GgufSource):
+        raise SourceError("training starts from a .gguf file, or from smollm2")
+    return opened
