@@ -112,15 +112,15 @@ def test_an_adapter_teaches_a_frozen_model_its_skills(source: FolderSource, adap
 
 def test_a_student_learns_from_the_teacher_and_runs_quantised(source: FolderSource, adapter: Path, tmp_path: Path) -> None:
     from models.build.assemble import build
-    from models.build.device import write_device
     from models.build.distil import DistilSettings, distil
+    from models.build.export import write_student
     from models.build.training import Schedule
 
     shape = LlamaShape(**{**vars(SHAPE), "n_layers": 3})
     schedule = Schedule(epochs=8, learning_rate=5e-3, token_budget=600, warmup_steps=10)
     settings = DistilSettings(vocab_size=400, shape=shape, exits=(1, 2), schedule=schedule, noise=0.0, dropout=0.0)
     model, room = distil(source, TRAIN, adapter, tmp_path / "run", settings, quiet)
-    student = write_device(model, room, tmp_path / "student", "micro-device")
+    student = write_student(model, room.skills, room.tokenizer, tmp_path / "student")
     artifact = build(student, tmp_path / "device", "int8", None, quiet)
     assert artifact.manifest.exits == (1, 2)
     assert accuracy(tmp_path / "device") > 0.8
