@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from flask import Request
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.wsgi import get_input_stream
 
 from functions.serving.errors import RefusedError
 
@@ -48,26 +49,20 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def _read_bytes(request: Request, max_bytes: int) -> bytes:
-    request.max_content_length = max_bytes
+    """Read up to the bound; what lies beyond is read too, up to another bound, and forgotten."""
+    stream = get_input_stream(request.environ)
+    kept, size = [], 0
     try:
-        return request.get_data(cache=False)
-    except RequestEntityTooLarge:
-        _drain(request)
-        raise
+        while size < max_bytes + _DRAIN_BYTES and (piece := stream.read(_PIECE_BYTES)):
+            size += len(piece)
+            if size <= max_bytes:
+                kept.append(piece)
     except (ClientDisconnected, OSError):
         message = "the body ended early or is not framed correctly"
         raise RefusedError(400, message, param="body", code="bad_body") from None
-
-
-def _drain(request: Request) -> None:
-    """Read on, up to a bound, and forget it."""
-    stream = request.environ["wsgi.input"]
-    left = _DRAIN_BYTES
-    try:
-        while left > 0 and (piece := stream.read(min(left, _PIECE_BYTES))):
-            left -= len(piece)
-    except OSError:
-        return
+    if size > max_bytes:
+        raise RequestEntityTooLarge
+    return b"".join(kept)
 
 
 def _check(value: Any, name: str) -> None:

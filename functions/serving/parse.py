@@ -147,7 +147,7 @@ def _blame(error: ValidationError, body: Mapping[str, Any]) -> tuple[str, str]:
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     found = [(*_param(e["loc"], body, e["type"]), e) for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
     fitting = [(name, e) for name, value, e in found if not (isinstance(value, list) and e["type"] == "string_type")]
-    name, first = max(fitting, key=lambda pair: len(pair[0]))
+    name, first = max(fitting or [(name, e) for name, _, e in found], key=lambda pair: len(pair[0]))
     if first["type"] == "extra_forbidden":
         return name, "there is no such field; GET /openapi.json lists them"
     return name, first["msg"].removeprefix("Value error, ")

@@ -15,8 +15,8 @@ from functions.serving.events import Events
 from functions.serving.lifecycle import Loading
 from functions.serving.replies import ModelEntry, ModelFacts
 from functions.serving.settings import TierConfig
-from functions.serving.tier_answer import Answerer
 from functions.serving.signals import drain_on_sigterm
+from functions.serving.tier_answer import Answerer
 from functions.serving.web import EXTENSION, Site, create_base
 from models.runtime.local import LocalTier
 from models.runtime.tier import Tier

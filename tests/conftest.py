@@ -1,0 +1,18 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Settings of the functions: a test must not see what the shell that runs it has set.
+_SETTINGS = ("CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "MAX_", "MODEL_PATH", "NODE_ID", "QUEUE_")
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test an environment without our settings."""
+    for key in list(os.environ):
+        if key.startswith(_SETTINGS) and key != "EDGECASCADE_HOME":
+            monkeypatch.delenv(key)
