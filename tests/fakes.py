@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 from flask import Flask
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -141,6 +142,11 @@ def served(app: Flask, port: int = 0) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def http_client(url: str) -> httpx.Client:
+    """A client of a loopback server; it needs no certificates, and reading them takes a while."""
+    return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=30)  # noqa: S501
 
 
 def tier_app(tier: FakeTier, **common: Any) -> Flask:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import FakeTier, card, dispatcher_app, served, tier_app, user
+from tests.fakes import FakeTier, card, dispatcher_app, http_client, served, tier_app, user
 
 CHAT, TEXT, INVOKE = "/v1/chat/completions", "/v1/completions", "/"
 OK = {"messages": user("hi"), "skill": "assistant"}
@@ -21,17 +21,16 @@ BODY_LIMIT = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def addresses() -> Iterator[dict[str, str]]:
+def clients() -> Iterator[dict[str, httpx.Client]]:
     with ExitStack() as stack:
-        found = {name: stack.enter_context(served(tier_app(FakeTier(card(name))))) for name in ("device", "edge")}
-        found["dispatcher"] = stack.enter_context(served(dispatcher_app(found["device"], found["edge"])))
-        yield found
+        urls = {name: stack.enter_context(served(tier_app(FakeTier(card(name))))) for name in ("device", "edge")}
+        urls["dispatcher"] = stack.enter_context(served(dispatcher_app(urls["device"], urls["edge"])))
+        yield {name: stack.enter_context(http_client(url)) for name, url in urls.items()}
 
 
 @pytest.fixture(params=["device", "edge", "dispatcher"])
-def client(request: pytest.FixtureRequest, addresses: dict[str, str]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=addresses[request.param], trust_env=False) as found:
-        yield found
+def client(request: pytest.FixtureRequest, clients: dict[str, httpx.Client]) -> httpx.Client:
+    return clients[request.param]
 
 
 def assert_refused(client: httpx.Client, reply: httpx.Response, status: int, param: str) -> None:
