@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from models.artifact.shape import LlamaShape
@@ -96,7 +97,9 @@ def parse_manifest(text: str) -> Manifest:
     top = _Keys("", values)
     schema = top.take("schema", int)
     if schema != SCHEMA:
-        raise ArtifactError(f"the manifest has schema {schema}; this version reads schema {SCHEMA}: build the artifact again")
+        raise ArtifactError(
+            f"the manifest has schema {schema}; this version reads schema {SCHEMA}: build the artifact again"
+        )
     model, energy = _Keys("model.", top.take("model", dict)), _Keys("energy.", top.take("energy", dict))
     manifest = Manifest(
         model_id=model.take("id", str),
@@ -143,7 +146,10 @@ class _Keys:
 
 def _shape(keys: _Keys) -> LlamaShape:
     floats = ("rope_theta", "norm_eps")
-    read = {f.name: keys.take(f.name, int, float) if f.name in floats else keys.take(f.name, int) for f in fields(LlamaShape)}
+    read = {
+        f.name: keys.take(f.name, int, float) if f.name in floats else keys.take(f.name, int)
+        for f in fields(LlamaShape)
+    }
     keys.finish()
     bad = [name for name, value in read.items() if value <= 0]
     if bad:
@@ -178,7 +184,9 @@ def _files(values: dict[str, Any]) -> dict[str, FileEntry]:
 
 def _check_values(manifest: Manifest) -> None:
     if manifest.quantisation not in QUANTISATIONS:
-        raise ArtifactError(f"the manifest's 'quantisation' is '{manifest.quantisation}'; use one of {', '.join(QUANTISATIONS)}")
+        raise ArtifactError(
+            f"the manifest's 'quantisation' is '{manifest.quantisation}'; use one of {', '.join(QUANTISATIONS)}"
+        )
     edges = [0, *manifest.exits, manifest.architecture.n_layers]
-    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(edges)):
         raise ArtifactError("the manifest's 'exits' must rise and lie inside the model")

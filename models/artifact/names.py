@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 BLOCK = 32
 """Weights that share one scale."""
@@ -67,6 +68,5 @@ class Span:
 
 def spans(n_layers: int, exits: Sequence[int], lm_head: bool) -> list[Span]:
     """Cut a decoder at its exits (each the number of layers passed); only the last span has the vocabulary head."""
-    edges = [0, *exits, n_layers]
-    cut = [Span(a, b, f"layers.{b - 1}.exit_norm", head=False) for a, b in zip(edges, edges[1:-1], strict=False)]
-    return [*cut, Span(edges[-2], n_layers, "final_norm", lm_head)]
+    cut = [Span(a, b, f"layers.{b - 1}.exit_norm", head=False) for a, b in pairwise((0, *exits))]
+    return [*cut, Span(max(exits, default=0), n_layers, "final_norm", lm_head)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
-from models.artifact.names import HEAD, EMBEDDINGS, LABELS, MANIFEST, TOKENIZER, file_of
+from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, TOKENIZER, file_of
 from models.artifact.tensors import Array, read_tensors
 from models.errors import ArtifactError
 
@@ -34,7 +33,9 @@ class Artifact:
         try:
             text = (path / MANIFEST).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path} is not an artifact ({MANIFEST} cannot be read); make one with 'edgecascade build'") from error
+            raise ArtifactError(
+                f"{path} is not an artifact ({MANIFEST} cannot be read); make one with 'edgecascade build'"
+            ) from error
         try:
             return cls(path, parse_manifest(text))
         except ArtifactError as error:
@@ -54,7 +55,9 @@ class Artifact:
         except OSError as error:
             raise ArtifactError(f"{self.path / name} cannot be read; build the artifact again") from error
         if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactError(f"{self.path / name} was altered: its digest is not the manifest's; build the artifact again")
+            raise ArtifactError(
+                f"{self.path / name} was altered: its digest is not the manifest's; build the artifact again"
+            )
         return data
 
     def tensors(self, name: str) -> dict[str, Array]:
@@ -79,7 +82,7 @@ class Artifact:
         changed = replace(self.manifest, calibration=calibration)
         part = self.path / f"{MANIFEST}.part"
         part.write_text(changed.as_json(), "utf-8")
-        os.replace(part, self.path / MANIFEST)
+        part.replace(self.path / MANIFEST)
         return Artifact(self.path, changed)
 
 

@@ -18,15 +18,15 @@ _HEADER_LIMIT_BYTES = 100_000_000
 
 
 def read_tensors(data: bytes, where: str) -> dict[str, Array]:
-    """Return read-only views on the tensors in `data`, bfloat16 widened to fp32; raises `ArtifactError` naming `where`."""
+    """Return read-only views on the tensors in `data`, bfloat16 widened to fp32; `ArtifactError` names `where`."""
     view = memoryview(data)
+    start = 8 + int.from_bytes(view[:8], "little")
+    if start > min(len(view), _HEADER_LIMIT_BYTES):
+        raise ArtifactError(f"{where} is not a whole safetensors file: its header does not fit")
     try:
-        length = int.from_bytes(view[:8], "little")
-        if not 2 <= length <= min(len(view) - 8, _HEADER_LIMIT_BYTES):
-            raise ValueError("the header does not fit")
-        header = json.loads(bytes(view[8 : 8 + length]))
+        header = json.loads(bytes(view[8:start]))
         header.pop("__metadata__", None)
-        return {name: _tensor(view[8 + length :], entry) for name, entry in header.items()}
+        return {name: _tensor(view[start:], entry) for name, entry in header.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is not a whole safetensors file: {error}") from error
 

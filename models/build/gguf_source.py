@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,29 @@ class GgufSource:
         return str(self._get("general.name", self.path.stem))
 
     @property
+    def model_id(self) -> str:
+        """The file's name without its quantisation."""
+        return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", self.path.stem, flags=re.IGNORECASE)
+
+    @property
+    def has_lm_head(self) -> bool:
+        """A GGUF's model always predicts tokens."""
+        return True
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        turn_end = self._reader.fields.get("tokenizer.ggml.eot_token_id")
+        return tuple(sorted({self.eos_id} | ({int(turn_end.contents())} if turn_end else set())))
+
+    @property
     def chat_template(self) -> str:
         """The Jinja template of the model's chats ('' for a base model)."""
-        return str(self._get("tokenizer.chat_template", "") or "") if "tokenizer.chat_template" in self._reader.fields else ""
+        return (
+            str(self._get("tokenizer.chat_template", "") or "")
+            if "tokenizer.chat_template" in self._reader.fields
+            else ""
+        )
 
     @property
     def eos_id(self) -> int:
@@ -100,7 +121,9 @@ class GgufSource:
         """How text is cut before BPE."""
         kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in SPLITTERS:
-            raise SourceError(f"{self.path} has a '{kind}/{pre}' tokenizer; this reader takes gpt2 with {', '.join(SPLITTERS)}")
+            raise SourceError(
+                f"{self.path} has a '{kind}/{pre}' tokenizer; this reader takes gpt2 with {', '.join(SPLITTERS)}"
+            )
         return str(pre)
 
     def tokenizer(self) -> Tokenizer:
@@ -121,9 +144,11 @@ class GgufSource:
         """Return a tensor as fp32, dequantised, in Hugging Face's layout (rotary halves split)."""
         raw = self._tensor(name)
         try:
-            values = gguf.quants.dequantize(raw.data, raw.tensor_type).astype(np.float32)
+            values: Floats = gguf.quants.dequantize(raw.data, raw.tensor_type).astype(np.float32)
         except (NotImplementedError, ValueError) as error:
-            raise SourceError(f"{self.path}: tensor '{name}' is stored as {raw.tensor_type.name}, which cannot be read") from error
+            raise SourceError(
+                f"{self.path}: tensor '{name}' is stored as {raw.tensor_type.name}, which cannot be read"
+            ) from error
         reorder = self.row_order(name)
         return values if reorder is None else values[reorder]
 

@@ -28,20 +28,28 @@ def decoder_graph(
     tensors: Mapping[str, Dims],
     *,
     adapter: bool = False,
-    all_logits: bool = False,
     accuracy_level: int = FAST_ACTIVATIONS,
 ) -> bytes:
     """Return the serialised graph of `span`.
 
     `tensors` names every stored tensor with its dimensions; which suffixes a projection has decides how it is
-    computed. `adapter` adds the low-rank products of `adapter.*`; `all_logits` gives logits of every position.
+    computed. `adapter` adds the low-rank products of `adapter.*`.
     """
     builder = _Builder(shape, tensors, adapter, accuracy_level)
     hidden, carried = builder.layers(span)
     outputs = {"hidden": hidden} if span.stop == shape.n_layers else {"hidden": hidden, "carried": carried}
     if span.head:
-        outputs["logits"] = builder.head(hidden, all_logits)
-    return builder.model(span, outputs).SerializeToString()
+        outputs["logits"] = builder.last_logits(hidden)
+    return bytes(builder.model(span, outputs).SerializeToString())
+
+
+def head_graph(shape: LlamaShape, tensors: Mapping[str, Dims]) -> bytes:
+    """Return the graph of the vocabulary head alone: `hidden` (1, T, C) → `logits` (1, T, V)."""
+    builder = _Builder(shape, tensors, adapter=False, accuracy_level=FAST_ACTIVATIONS)
+    logits = builder.project("head", "hidden", shape.width)
+    results: dict[str, tuple[str, Sequence[str | int]]] = {"logits": (logits, [1, "T", shape.vocab_size])}
+    model = builder.close("head", [_value("hidden", [1, "T", shape.width])], results)
+    return bytes(model.SerializeToString())
 
 
 class _Builder:
@@ -142,28 +150,37 @@ class _Builder:
         cut = self.node("Reshape", [x, blocks], [f"{x}.blocks"])
         return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
 
-    def head(self, hidden: str, all_logits: bool) -> str:
-        """Add the vocabulary head on the last position, or on all."""
-        if not all_logits:
-            starts, stops = self.constant("last", [-1]), self.constant("end", [2**31 - 1])
-            hidden = self.node("Slice", [hidden, starts, stops, self.constant("time_axis", [1])], ["last_hidden"])
-        return self.project("head", hidden, self._shape.width)
+    def last_logits(self, hidden: str) -> str:
+        """Add the vocabulary head on the last position."""
+        ends = [self.constant(name, [value]) for name, value in (("last", -1), ("end", 2**31 - 1), ("time_axis", 1))]
+        return self.project("head", self.node("Slice", [hidden, *ends], ["last_hidden"]), self._shape.width)
 
     def model(self, span: Span, outputs: Mapping[str, str]) -> ModelProto:
-        """Close the graph: rename its results, declare inputs and outputs."""
+        """Close the graph of a span; `outputs` maps result names to values."""
         s = self._shape
-        for name, value in outputs.items():
-            self.node("Identity", [value], [name])
         wide: list[str | int] = [1, "T", s.width]
         cache: list[str | int] = [1, s.n_kv_heads, "room", s.head_dim]
-        rotary = [_value(name, ["positions", s.head_dim // 2]) for name in ("cos", "sin")]
-        inputs = [_value("x", wide), _value("last_position", [1], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
-        results = [_value(name, [1, "P", s.vocab_size] if name == "logits" else wide) for name in outputs]
-        for n in span.layers:
-            inputs += [_value(f"past_key.{n}", cache), _value(f"past_value.{n}", cache)]
-            results += [_value(f"present_key.{n}", cache), _value(f"present_value.{n}", cache)]
-        name = f"layers {span.first} to {span.stop - 1}"
-        graph = helper.make_graph(self._nodes, name, [*inputs, *rotary], results, list(self._constants.values()))
+        inputs = [_value("x", wide)]
+        inputs += [_value(name, [1], TensorProto.INT32) for name in ("last_position", "total_length")]
+        inputs += [_value(name, ["positions", s.head_dim // 2]) for name in ("cos", "sin")]
+        dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": [1, 1, s.vocab_size]}
+        results: dict[str, tuple[str, Sequence[str | int]]] = {
+            name: (value, dims[name]) for name, value in outputs.items()
+        }
+        memories = [(kind, n) for n in span.layers for kind in ("key", "value")]
+        inputs += [_value(f"past_{kind}.{n}", cache) for kind, n in memories]
+        results |= {f"present_{kind}.{n}": (f"present_{kind}.{n}", cache) for kind, n in memories}
+        return self.close(f"layers {span.first} to {span.stop - 1}", inputs, results)
+
+    def close(
+        self, name: str, inputs: Sequence[Any], results: Mapping[str, tuple[str, Sequence[str | int]]]
+    ) -> ModelProto:
+        """Make the model; `results` maps an output's name to the value it shows and its dimensions."""
+        for output, (value, _) in results.items():
+            if output != value:
+                self.node("Identity", [value], [output])
+        outputs = [_value(output, dims) for output, (_, dims) in results.items()]
+        graph = helper.make_graph(self._nodes, name, list(inputs), outputs, list(self._constants.values()))
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="edgecascade")
 

@@ -20,7 +20,9 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-GRIDS: Mapping[str, int] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+NIBBLE, BYTE = 4, 8
+BITS: Mapping[str, int] = {"int4": NIBBLE, "int8": BYTE}
+GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 """Block formats that are kept as they are, and their bits."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Scales tried by `symmetric`, as shares of the one that just holds the largest weight."""
@@ -31,12 +33,11 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
 
     `quant` is 'fp32', 'int8' or 'int4'; `extra` (N, K) is added to the weights, which then leave the file's grid.
     """
-    bits = {"fp32": 32, "int8": 8, "int4": 4}[quant]
-    if bits == 32 or extra is not None or not _on_grid(source, names, bits):
+    bits = BITS.get(quant)
+    if bits is None or extra is not None or not (isinstance(source, GridSource) and _on_grid(source, names, bits)):
         stacked = np.concatenate([source.tensor(name) for name in names])
         stacked = stacked if extra is None else stacked + extra
-        return {"w": stacked} if bits == 32 else symmetric(stacked, bits)
-    assert isinstance(source, GridSource)
+        return {"w": stacked} if bits is None else symmetric(stacked, bits)
     parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
     joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
     if any("shift" in part for part in parts):
@@ -45,12 +46,10 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
     return joined
 
 
-def _on_grid(source: TensorSource, names: Sequence[str], bits: int) -> bool:
+def _on_grid(source: GridSource, names: Sequence[str], bits: int) -> bool:
     """Whether all matrices lie on grids of one width that is at most as wide as asked for, or exact anyway."""
-    if not isinstance(source, GridSource):
-        return False
     widths = {GRIDS.get(source.quantisation(name), 0) for name in names}
-    return widths == {bits} or widths == {8}
+    return widths in ({bits}, {BYTE})
 
 
 def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None = None) -> dict[str, Array]:
@@ -61,7 +60,7 @@ def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None 
     if kind == "Q8_0":
         return {"q": cut[..., 2:] ^ np.uint8(0x80), "scale": scale}
     codes = cut[..., -16:]
-    packed = {"q": pack_nibbles(np.concatenate([codes & 15, codes >> 4], axis=-1)), "scale": scale}
+    packed: dict[str, Array] = {"q": pack_nibbles(np.concatenate([codes & 15, codes >> 4], axis=-1)), "scale": scale}
     if kind == "Q4_1":
         packed["shift"] = _half(cut[..., 2:4]) + 8 * scale
     return packed
@@ -89,14 +88,14 @@ def symmetric(weights: Floats, bits: int) -> dict[str, Array]:
     peak = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
     best_scale = peak / low
     best_codes, best_error = _round(padded, best_scale, low, high)
-    for share in SHRINK[1:] if bits == 4 else ():
+    for share in SHRINK[1:] if bits == NIBBLE else ():
         codes, error = _round(padded, share * peak / low, low, high)
         better = error < best_error
         best_scale = np.where(better, share * peak / low, best_scale)
         best_codes, best_error = np.where(better, codes, best_codes), np.minimum(error, best_error)
     q = (best_codes - low).astype(np.uint8)
     scale = np.ascontiguousarray(best_scale[..., 0], np.float32)
-    return {"q": q if bits == 8 else pack_nibbles(q), "scale": scale}
+    return {"q": q if bits == BYTE else pack_nibbles(q), "scale": scale}
 
 
 def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, Floats]:
@@ -114,3 +113,10 @@ def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:
     if "shift" in parts:
         weights = weights + parts["shift"].T[..., None]
     return np.asarray(weights.reshape(len(weights), -1)[:, :n_in], np.float32)
+
+
+def outputs_and_blocks(parts: Mapping[str, Array]) -> tuple[int, int]:
+    """Outputs and blocks of inputs, (N, G), that the operands stand for."""
+    if "w" in parts:
+        return parts["w"].shape[0], -(-parts["w"].shape[1] // BLOCK)
+    return parts["q"].shape[0], parts["q"].shape[1]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
+from models.errors import SourceError
 from models.skills import SkillSet
 
 Floats = NDArray[np.float32]
@@ -81,6 +82,18 @@ class SkillHead:
     exit_norms: Floats | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, width: int) -> None:
+        """Raise `SourceError` if the arrays do not fit the skills, the exits or the model's width."""
+        norms = np.zeros((0, width)) if self.exit_norms is None else self.exit_norms
+        wanted = {
+            "labels": (self.skills.n_rows, width),
+            "inputs": (self.skills.n_inputs, width),
+            "exit_norms": (len(self.exits), width),
+        }
+        for (name, dims), found in zip(wanted.items(), (self.labels, self.inputs, norms), strict=True):
+            if found.shape != dims:
+                raise SourceError(f"'{name}' has the shape {found.shape}; skills, exits and width ask for {dims}")
 
 
 @runtime_checkable

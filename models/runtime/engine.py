@@ -93,7 +93,9 @@ class Embeddings:
 class Decoder:
     """A loaded model; `sequence()` lends one of a few key-value sessions."""
 
-    def __init__(self, shape: LlamaShape, parts: Iterable[Segment], embeddings: Embeddings, options: EngineOptions) -> None:
+    def __init__(
+        self, shape: LlamaShape, parts: Iterable[Segment], embeddings: Embeddings, options: EngineOptions
+    ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         self.context = min(options.context, shape.context)
         self._segments = [(part.span, _session(part, options)) for part in parts]
@@ -118,7 +120,9 @@ class Decoder:
 
     def bind(self, counters: tuple[Ints, Ints]) -> list[_Bound]:
         """Make the bindings of a new sequence, one a segment."""
-        return [_Bound(self.shape, span, session, self._rotary, counters, self.context) for span, session in self._segments]
+        return [
+            _Bound(self.shape, span, session, self._rotary, counters, self.context) for span, session in self._segments
+        ]
 
 
 def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
@@ -243,7 +247,9 @@ class TokenSequence:
             raise PromptTooLongError("the prompt has no tokens", "messages")
         if len(ids) > self.room:
             limit = self._decoder.context
-            raise PromptTooLongError(f"the prompt is longer than the model's context of {limit} tokens; shorten it", "messages")
+            raise PromptTooLongError(
+                f"the prompt is longer than the model's context of {limit} tokens; shorten it", "messages"
+            )
         return (ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK))
 
     def _through(self, ids: Sequence[int]) -> None:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from models.artifact.manifest import Manifest
 from models.artifact.names import FRAMES, PLAIN, graph_file
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
@@ -19,11 +21,16 @@ from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, To
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
+NO_EXIT = 2.0
+"""An exit threshold that no probability reaches."""
+
 
 class SkillReader:
     """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`."""
 
-    def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float) -> None:
+    def __init__(
+        self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float
+    ) -> None:
         self.skills = skills
         self._decoder, self._tokenizer, self._exit_threshold = decoder, tokenizer, exit_threshold
         self._labels = artifact.labels()["labels"]
@@ -35,7 +42,9 @@ class SkillReader:
         needed = len(prompt.ids) + (len(prompt.echo) if self.skills[query.skill].slots else 0)
         if needed > self._decoder.context:
             limit = self._decoder.context
-            raise PromptTooLongError(f"the utterance needs {needed} tokens, the model reads {limit}; shorten it", "messages")
+            raise PromptTooLongError(
+                f"the utterance needs {needed} tokens, the model reads {limit}; shorten it", "messages"
+            )
         return prompt
 
     def _ids(self, word: str) -> Sequence[int]:
@@ -52,12 +61,19 @@ class SkillReader:
                 return
             opening = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False).removesuffix("}}")
             yield Token(opening, choice.logprob, choice.margin)
-            tags = self._tags(sequence, skill, prompt, choice.label)
+            tags = frames.tags(self._tag_logits(sequence, skill, prompt), skill, choice.label)
         slots = slots_from_tags(prompt.words, [tag.label for tag in tags])
         closing = json.dumps(slots, ensure_ascii=False)[1:] + "}"
         for tag in tags[:-1]:
             yield Token("", tag.logprob, tag.margin)
         yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop")
+
+    def logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
+        """Logits of the skill's intents (n_intents,) and, if it has slots, of each word's tags (n_words, n_tags)."""
+        skill, prompt = self.skills[query.skill], self.prompt(query)
+        with self._decoder.sequence() as sequence:
+            intents = self._rows(skill) @ sequence.hidden(prompt.ids)[-1]
+            return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
 
     def _intent(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
         reject = frames.Reject.from_manifest(self._calibration, skill.name)
@@ -73,23 +89,60 @@ class SkillReader:
     def _rows(self, skill: Skill) -> Floats:
         return self._labels[self.skills.intent_rows(skill.name)]
 
-    def _tags(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt, intent: str) -> list[frames.Choice]:
+    def _tag_logits(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> Floats:
         states = sequence.hidden(prompt.echo)[list(prompt.word_ends)]
-        return frames.tags(states @ self._labels[self.skills.tag_rows(skill.name)].T, skill, intent)
+        return np.asarray(states @ self._labels[self.skills.tag_rows(skill.name)].T)
+
+
+class TextWriter:
+    """Answers chats and completions with text."""
+
+    def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        self._decoder, self._tokenizer = decoder, tokenizer
+        template = artifact.manifest.chat_template
+        self._template = ChatTemplate(template) if template else None
+        self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
+
+    def ids(self, prompt: Chat | Completion) -> list[int]:
+        """Encode a prompt; raises `PromptError` if it is empty or too long, or a chat where there is no template."""
+        if isinstance(prompt, Completion):
+            ids: list[int] = self._tokenizer.encode(prompt.text).ids
+        elif self._template is None:
+            raise PromptError("this model has no chat template; send a completion", "messages")
+        else:
+            ids = self._tokenizer.encode(self._template.render(prompt.messages), add_special_tokens=False).ids
+        blamed = "prompt" if isinstance(prompt, Completion) else "messages"
+        if not ids:
+            raise PromptError("the prompt is empty; send some text", blamed)
+        limit = self._decoder.context
+        if len(ids) >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, the model reads fewer than {limit}; shorten it", blamed
+            )
+        return ids
+
+    def write(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
+        """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
+        with self._decoder.sequence() as sequence:
+            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids))
 
 
 class LocalTier:
     """A `Tier` over an artifact; open one with `LocalTier.open`."""
 
-    def __init__(self, card: TierCard, tokenizer: Tokenizer, decoder: Decoder | None, reader: SkillReader | None, artifact: Artifact) -> None:
-        self._card, self._tokenizer, self._decoder, self._reader = card, tokenizer, decoder, reader
-        template = artifact.manifest.chat_template
-        self._template = ChatTemplate(template) if card.chats else None
-        self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
+    def __init__(self, card: TierCard, reader: SkillReader | None, writer: TextWriter | None) -> None:
+        self._card, self._reader, self._writer = card, reader, writer
 
     @classmethod
     def open(
-        cls, path: Path, name: str, threads: int = 2, *, spin: bool = True, context: int = 2048, exit_threshold: float = 2.0
+        cls,
+        path: Path,
+        name: str,
+        threads: int = 2,
+        *,
+        spin: bool = True,
+        context: int = 2048,
+        exit_threshold: float = NO_EXIT,
     ) -> LocalTier:
         """Load an artifact; raises `ArtifactError`.
 
@@ -100,25 +153,11 @@ class LocalTier:
         options = EngineOptions(threads=threads, spin=spin, context=context)
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
-        split = artifact.has(graph_file(FRAMES, 0))
-        if not m.lm_head and not m.skills:
-            raise ArtifactError(f"{path} neither chats nor knows a skill")
-        plain = Decoder(m.architecture, segments(artifact, PLAIN), embeddings, options) if m.lm_head or not split else None
-        beside = Decoder(m.architecture, segments(artifact, FRAMES), embeddings, options) if split else plain
+        decoders = {v: Decoder(m.architecture, segments(artifact, v), embeddings, options) for v in _variants(artifact)}
+        beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
-        card = TierCard(
-            name=name,
-            model_id=m.model_id,
-            model_version=m.model_version,
-            skills=m.skills,
-            chats=m.chats,
-            context=min(context, m.architecture.context),
-            quantisation=m.quantisation,
-            watts=m.energy.watts,
-            watts_source=m.energy.source,
-            calibration=m.calibration,
-        )
-        return cls(card, tokenizer, plain if m.lm_head else None, reader, artifact)
+        writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
+        return cls(_card(name, m, min(context, m.architecture.context)), reader, writer)
 
     @property
     def card(self) -> TierCard:
@@ -129,37 +168,50 @@ class LocalTier:
         """Tokens of the prompt as the model reads it; raises `PromptError`."""
         if isinstance(prompt, SkillQuery):
             return len(self._skills().prompt(prompt).ids)
-        return len(self._text_ids(prompt))
+        return len(self._texts().ids(prompt))
 
     def generate(self, prompt: Prompt, limits: Limits) -> Iterator[Token]:
         """Answer token by token; a prompt the tier cannot take raises `PromptError` here and now."""
         if isinstance(prompt, SkillQuery):
             reader = self._skills()
             return reader.answer(reader.skills[prompt.skill], reader.prompt(prompt))
-        return self._decode(self._text_ids(prompt), limits)
+        writer = self._texts()
+        return writer.write(writer.ids(prompt), limits)
+
+    def label_logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
+        """What the skill's labels scored: intents (n_intents,) and tags (n_words, n_tags) or None; for calibration."""
+        return self._skills().logits(query)
 
     def _skills(self) -> SkillReader:
         if self._reader is None:
             raise PromptError(f"the tier '{self._card.name}' has no skills; send a chat", "skill")
         return self._reader
 
-    def _text_ids(self, prompt: Chat | Completion) -> list[int]:
-        if self._decoder is None or (isinstance(prompt, Chat) and self._template is None):
-            kind = "chat" if isinstance(prompt, Chat) else "complete text"
-            raise PromptError(f"the tier '{self._card.name}' does not {kind}; name a skill or another tier", "skill")
-        if isinstance(prompt, Chat) and self._template is not None:
-            ids: list[int] = self._tokenizer.encode(self._template.render(prompt.messages), add_special_tokens=False).ids
-        else:
-            ids = self._tokenizer.encode(prompt.text if isinstance(prompt, Completion) else "").ids
-        if not ids:
-            raise PromptError("the prompt is empty; send some text", "prompt")
-        if len(ids) >= self._card.context:
-            limit = self._card.context
-            raise PromptTooLongError(f"the prompt has {len(ids)} tokens, the model reads fewer than {limit}; shorten it", "messages")
-        return ids
+    def _texts(self) -> TextWriter:
+        if self._writer is None:
+            raise PromptError(
+                f"the tier '{self._card.name}' does not write text; name a skill or another tier", "skill"
+            )
+        return self._writer
 
-    def _decode(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
-        if self._decoder is None:
-            return
-        with self._decoder.sequence() as sequence:
-            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids))
+
+def _variants(artifact: Artifact) -> list[str]:
+    found = [variant for variant in (PLAIN, FRAMES) if artifact.has(graph_file(variant, 0))]
+    if not found or (artifact.manifest.lm_head and PLAIN not in found):
+        raise ArtifactError(f"{artifact.path} has no graph to run; build the artifact again")
+    return found
+
+
+def _card(name: str, manifest: Manifest, context: int) -> TierCard:
+    return TierCard(
+        name=name,
+        model_id=manifest.model_id,
+        model_version=manifest.model_version,
+        skills=manifest.skills,
+        chats=manifest.chats,
+        context=context,
+        quantisation=manifest.quantisation,
+        watts=manifest.energy.watts,
+        watts_source=manifest.energy.source,
+        calibration=manifest.calibration,
+    )

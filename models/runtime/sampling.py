@@ -16,7 +16,7 @@ _FIRST_LOOK = 1024
 
 @dataclass(frozen=True)
 class Pick:
-    """The chosen token; `logprob` and `margin` before temperature, `top` the likeliest ids with their log-probabilities."""
+    """The chosen token; `logprob` and `margin` before temperature, `top` the likeliest ids and log-probabilities."""
 
     id: int
     logprob: float
