@@ -5,6 +5,7 @@ Result: `adapter.safetensors` (fp16) and `adapter.json` (skills, source digest, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tokenizers import Tokenizer
 
+from models.build.adapter import CARD, TENSORS
 from models.build.augment import SlotSwapper
 from models.build.batches import Batch, Encoder, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
 from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder, Layer
 from models.build.training import LabelLoss, Report, Schedule, Trainer
+from models.errors import DataError
 from models.skills import OUT_OF_SCOPE, SkillSet
 
 
@@ -42,15 +45,32 @@ class AdaptSettings:
     oos_repeat: int = 4
 
 
-def adapt(source: TensorSource, train: Sequence[Example], out: Path, settings: AdaptSettings, report: Report) -> None:
-    """Train an adapter and write it to `out`; goes on from `out/checkpoint.pt` if that is there."""
+def adapt(
+    source: TensorSource,
+    train: Sequence[Example],
+    out: Path,
+    settings: AdaptSettings,
+    report: Report,
+    start: Path | None = None,
+) -> None:
+    """Train an adapter and write it to `out`; a stopped run goes on from `out/checkpoint.pt`.
+
+    `start` is an adapter folder to begin with instead of fresh weights: a second, gentler course.
+    """
     torch.manual_seed(settings.seed)
     skills = skill_set(train)
     tokenizer = source.tokenizer()
     model = edge_model(source, skills, settings)
     init_labels(model, skills, tokenizer)
+    if start:
+        load_adapter(model, start)
     data = TrainingMix(train, skills, tokenizer, source.shape.vocab_size, settings)
-    identity = {"source": source.digest(), "settings": json.dumps(asdict(settings), sort_keys=True), "examples": len(train)}
+    identity = {
+        "source": source.digest(),
+        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "examples": len(train),
+        "start": hashlib.sha256((start / TENSORS).read_bytes()).hexdigest() if start else None,
+    }
     total = sum(sum(1 for _ in data.epoch(e)) for e in range(settings.schedule.epochs))
     trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
     trainer.resume()
@@ -125,6 +145,27 @@ def init_labels(model: LabelDecoder, skills: SkillSet, tokenizer: Tokenizer) -> 
             model.inputs[row] = mean(text)
 
 
+def load_adapter(model: LabelDecoder, folder: Path) -> None:
+    """Copy a written adapter into a model of the same layout; raises `DataError` if it has another one."""
+    tensors = load_file(folder / TENSORS)
+    wanted = adapter_tensors(model)
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise DataError(f"the adapter in {folder} has other ranks, layers or skills than the run's settings ask for")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def adapter_tensors(model: LabelDecoder) -> dict[str, Tensor]:
+    """The trained parameters by the names they have on disk: `layers.N.SITE.a`, `.b0`…, `labels`, `inputs`."""
+    tensors: dict[str, Tensor] = {"labels": model.labels, "inputs": model.inputs}
+    for index, layer in enumerate(model.layers):
+        for site, lora in layer.lora.items():
+            tensors[f"layers.{index}.{site}.a"] = lora.a
+            tensors.update({f"layers.{index}.{site}.b{j}": b for j, b in enumerate(lora.b)})
+    return tensors
+
+
 def _readable(label: str) -> str:
     """`SearchCreativeWork` → `search creative work`; `B-object_name` → `b object name`."""
     spaced = "".join(f" {c}" if c.isupper() else c for c in label)
@@ -132,13 +173,9 @@ def _readable(label: str) -> str:
 
 
 def write_adapter(model: LabelDecoder, skills: SkillSet, out: Path, made: dict[str, Any]) -> None:
-    """Write the trained tensors as fp16: `layers.N.SITE.a`, `.b0`…, `labels`, `inputs`."""
-    tensors = {"labels": model.labels, "inputs": model.inputs}
-    for index, layer in enumerate(model.layers):
-        for site, lora in layer.lora.items():
-            tensors[f"layers.{index}.{site}.a"] = lora.a
-            tensors.update({f"layers.{index}.{site}.b{j}": b for j, b in enumerate(lora.b)})
+    """Write the trained tensors as fp16, and the card."""
     out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().to(torch.float16).contiguous() for k, v in tensors.items()}, out / "adapter.safetensors")
+    halves = {k: v.detach().to(torch.float16).contiguous() for k, v in adapter_tensors(model).items()}
+    save_file(halves, out / TENSORS)
     card = {"skills": skills.as_dict(), **made}
-    (out / "adapter.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
+    (out / CARD).write_text(json.dumps(card, indent=1) + "\n", "utf-8")
