@@ -62,7 +62,7 @@ class Gate:
             turn = threading.Event()
             self._queue.append(turn)
         began = self._clock()
-        if turn.wait(max(0.0, expires - began)):
+        if turn.wait(min(max(0.0, expires - began), threading.TIMEOUT_MAX)):
             return self._clock() - began
         return self._give_up(turn, began)
 

@@ -6,7 +6,7 @@ import json
 from typing import Any, NoReturn
 
 from flask import Request
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.wsgi import get_input_stream
 
 from functions.serving.errors import RefusedError
@@ -43,8 +43,8 @@ def parse_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _not_json("send an object, {…}")
     for name, item in value.items():
-        _check(item, name)
         _check_text(name, "body")
+        _check(item, name or "body")
     return value
 
 
@@ -57,7 +57,7 @@ def _read_bytes(request: Request, max_bytes: int) -> bytes:
             size += len(piece)
             if size <= max_bytes:
                 kept.append(piece)
-    except (ClientDisconnected, OSError):
+    except Exception:  # noqa: BLE001  # each server has its own errors for a body that is not framed correctly
         message = "the body ended early or is not framed correctly"
         raise RefusedError(400, message, param="body", code="bad_body") from None
     if size > max_bytes:
@@ -70,7 +70,7 @@ def _check(value: Any, name: str) -> None:
     pending = [(value, 2)]
     while pending:
         item, depth = pending.pop()
-        if depth > MAX_DEPTH + 1:
+        if depth > MAX_DEPTH and isinstance(item, dict | list):
             raise RefusedError(400, f"nested deeper than {MAX_DEPTH} levels", param=name, code="too_deep")
         if isinstance(item, str):
             _check_text(item, name)
@@ -84,9 +84,8 @@ def _check_text(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        param = name.encode(errors="replace").decode()
         message = "a lone surrogate is no text; send UTF-8"
-        raise RefusedError(400, message, param=param, code="invalid_encoding") from None
+        raise RefusedError(400, message, param=name, code="invalid_encoding") from None
 
 
 def _not_a_number(_constant: str) -> NoReturn:

@@ -149,7 +149,7 @@ def _blame(error: ValidationError, body: Mapping[str, Any]) -> tuple[str, str]:
     fitting = [(name, e) for name, value, e in found if not (isinstance(value, list) and e["type"] == "string_type")]
     name, first = max(fitting or [(name, e) for name, _, e in found], key=lambda pair: len(pair[0]))
     if first["type"] == "extra_forbidden":
-        return name, "there is no such field; GET /openapi.json lists them"
+        return name or "body", "there is no such field; GET /openapi.json lists them"
     return name, first["msg"].removeprefix("Value error, ")
 
 
