@@ -43,6 +43,18 @@ class AdaptSettings:
     smoothing: float = 0.1
     foreign_per_skill: int = 400
     oos_repeat: int = 4
+    shares: tuple[tuple[str, float], ...] = ()
+    """Share of a skill's examples that an epoch sees, where it is not all of them."""
+
+
+SECOND_COURSE = AdaptSettings(
+    seed=8,
+    schedule=Schedule(epochs=2, learning_rate=4e-4, token_budget=700, warmup_steps=40),
+    noise=0.05,
+    smoothing=0.05,
+    shares=(("assistant", 0.5), ("home", 0.7)),
+)
+"""A gentler course on top of a first one, with less of the skills that learn fast."""
 
 
 def adapt(
@@ -98,7 +110,9 @@ class TrainingMix:
         for name in self._skills.names:
             pool = [e for e in self._foreign if e.skill == name]
             extra.extend(rng.sample(pool, min(s.foreign_per_skill, len(pool))))
-        mix = [*self._train, *rare * (s.oos_repeat - 1), *extra]
+        shares = dict(s.shares)
+        seen = [e for e in self._train if rng.random() < shares.get(e.skill, 1.0)]
+        mix = [*seen, *rare * (s.oos_repeat - 1), *extra]
         rows = [self._encoder.row(self._swapper.swap(e, s.swap, rng)) for e in mix]
         for batch in batches(rows, s.schedule.token_budget, rng):
             yield add_noise(batch, s.noise, self._vocab_size, noise)
