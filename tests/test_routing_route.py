@@ -113,7 +113,7 @@ def test_an_edge_that_is_down_is_never_asked(
 def test_always_ends_within_three_questions(
     policy: Policy, conditions: list[Conditions], request: Request, replies: list[Outcome]
 ) -> None:
-    """Whatever the tiers say and however the conditions change in between, the fourth step is the last at the latest."""
+    """Whatever the tiers say and however the conditions change, the fourth step is the last at the latest."""
     observed = Observed()
     for now, reply in zip(conditions, [*replies, None], strict=True):
         step = route(policy, now, request, observed)
