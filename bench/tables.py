@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from bench.evaluate import Evaluation
@@ -21,12 +22,10 @@ ORDER = ("linear", "device", "edge", "cascade", "oracle")
 
 
 def main_table(rows: Mapping[str, Row], title: str) -> Table:
-    """Latency, confidence, accuracy and cost of each row."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    """Latency, confidence, accuracy, and bytes and joules per query of each row."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("")
-    for name in (
-        "mean ms", "p50", "p95", "p99", "confidence", "accuracy %", "local %", "bytes/query", "J/query (modelled)",
-    ):  # fmt: skip
+    for name in ("mean ms", "p50", "p95", "p99", "confid.", "right %", "local %", "bytes", "J (modelled)"):
         table.add_column(name, justify="right")
     for name in ORDER:
         if name in rows:
@@ -36,7 +35,7 @@ def main_table(rows: Mapping[str, Row], title: str) -> Table:
 
 def skill_table(parts: Mapping[str, Evaluation], linear: Mapping[str, Row]) -> Table:
     """Each row's accuracy by skill, and what the cascade keeps local."""
-    table = Table(title="accuracy by skill, %", title_justify="left")
+    table = Table(title="right by skill, %", title_justify="left", box=box.SIMPLE)
     table.add_column("")
     for skill in parts:
         table.add_column(skill, justify="right")
@@ -54,7 +53,7 @@ def skill_table(parts: Mapping[str, Evaluation], linear: Mapping[str, Row]) -> T
 
 def detail_table(rows: Mapping[str, Row]) -> Table:
     """Out-of-scope and calibration figures of each row."""
-    table = Table()
+    table = Table(box=box.SIMPLE)
     table.add_column("")
     for name in ("in scope %", "oos recall %", "oos precision %", "ECE"):
         table.add_column(name, justify="right")
@@ -68,7 +67,7 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
 
 def load_table(figures: Mapping[str, Any]) -> Table:
     """The spreads of a load run, in milliseconds."""
-    table = Table()
+    table = Table(box=box.SIMPLE)
     table.add_column("ms")
     spreads = {name.removesuffix("_ms"): values for name, values in figures.items() if name.endswith("_ms")}
     for name in next(iter(spreads.values()), {}):

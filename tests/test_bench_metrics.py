@@ -109,7 +109,7 @@ def test_an_empty_row_says_nothing_rather_than_zero():
     assert all(value is None for name, value in found.as_dict().items() if name != "n")
 
 
-@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=60))
+@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=20))
 def test_the_oracle_is_at_least_as_good_as_any_threshold(pairs):
     best = sum(oracle(d, e).right for d, e in pairs) / len(pairs)
     points = trade_off(pairs)
@@ -117,7 +117,7 @@ def test_the_oracle_is_at_least_as_good_as_any_threshold(pairs):
     assert oracle(*pairs[0]).right == (pairs[0][0].right or pairs[0][1].right)
 
 
-@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=60))
+@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=20))
 def test_the_trade_off_goes_from_all_edge_to_all_device(pairs):
     points = trade_off(pairs)
     assert points[0].share_local == 0
@@ -128,7 +128,7 @@ def test_the_trade_off_goes_from_all_edge_to_all_device(pairs):
     assert shares == sorted(set(shares))
 
 
-@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=40))
+@given(st.lists(st.tuples(outcomes, outcomes), min_size=1, max_size=20))
 def test_each_point_is_what_that_threshold_gives(pairs):
     for point in trade_off(pairs)[1:]:
         kept = [
