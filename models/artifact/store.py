@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
 from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, TOKENIZER, file_of
@@ -96,12 +96,11 @@ class ArtifactWriter:
     def add_bytes(self, name: str, data: bytes) -> None:
         """Write one file."""
         (self._folder / name).write_bytes(data)
-        self._enter(name)
+        self._files[name] = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
 
     def add_tensors(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Write one safetensors file."""
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, self._folder / name)
-        self._enter(name)
+        self.add_bytes(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
 
     def add_grouped(self, tensors: Mapping[str, Array]) -> None:
         """Write tensors, all of the files' contents at once, into the files that their names say."""
@@ -114,11 +113,6 @@ class ArtifactWriter:
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest, which lists all files added."""
         (self._folder / MANIFEST).write_text(manifest.with_files(self._files).as_json(), "utf-8")
-
-    def _enter(self, name: str) -> None:
-        with (self._folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._files[name] = FileEntry(digest, (self._folder / name).stat().st_size)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
@@ -132,7 +132,7 @@ def write_folder_source(
         "calibration": dict(head.calibration) if head else {},
         "energy": dict(head.energy) if head else {},
     }
-    save_file({k: np.ascontiguousarray(v) for k, v in {**tensors, **added}.items()}, folder / TENSORS)
+    (folder / TENSORS).write_bytes(save({k: np.ascontiguousarray(v) for k, v in {**tensors, **added}.items()}))
     (folder / TOKENIZER).write_text(tokenizer.to_str(), "utf-8")
     part = folder / f"{CARD}.part"
     part.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", "utf-8")

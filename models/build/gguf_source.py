@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
+from models.build.source import with_special_tokens
 from models.build.tokenizers import SPLITTERS, byte_level_bpe
 from models.errors import SourceError
 
@@ -94,11 +95,12 @@ class GgufSource:
     @property
     def chat_template(self) -> str:
         """The Jinja template of the model's chats ('' for a base model)."""
-        return (
-            str(self._get("tokenizer.chat_template", "") or "")
-            if "tokenizer.chat_template" in self._reader.fields
-            else ""
-        )
+        fields, tokens = self._reader.fields, self.tokens
+        if "tokenizer.chat_template" not in fields:
+            return ""
+        ids = {name: fields.get(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+        texts = {name: tokens[int(found.contents())] for name, found in ids.items() if found}
+        return with_special_tokens(str(self._get("tokenizer.chat_template")), texts)
 
     @property
     def eos_id(self) -> int:

@@ -21,6 +21,9 @@ CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
 
+ROTARY_UNIT = 16
+"""GroupQueryAttention rotates heads whose width is a multiple of this."""
+
 
 def decoder_graph(
     shape: LlamaShape,
@@ -102,13 +105,48 @@ class _Builder:
         return outputs[0], outputs[3]
 
     def _attention(self, n: int, qkv: str) -> str:
+        """Rotate, store and attend; onnxruntime's attention rotates heads itself if their width suits it."""
         s, at = self._shape, f"layers.{n}"
+        suits = s.head_dim % ROTARY_UNIT == 0
+        read = [qkv, "", ""] if suits else self._rotated(n, qkv)
         past, present = [f"past_key.{n}", f"past_value.{n}"], [f"present_key.{n}", f"present_value.{n}"]
-        inputs = [qkv, "", "", *past, "last_position", "total_length", "cos", "sin"]
+        inputs = [*read, *past, "last_position", "total_length", *(("cos", "sin") if suits else ())]
         return self.node(
-            "GroupQueryAttention", inputs, [f"{at}.attended", *present], CONTRIB,
-            num_heads=s.n_heads, kv_num_heads=s.n_kv_heads, do_rotary=1, scale=s.head_dim**-0.5,
-        )  # fmt: skip
+            "GroupQueryAttention",
+            inputs,
+            [f"{at}.attended", *present],
+            CONTRIB,
+            num_heads=s.n_heads,
+            kv_num_heads=s.n_kv_heads,
+            do_rotary=int(suits),
+            scale=s.head_dim**-0.5,
+        )
+
+    def _rotated(self, n: int, qkv: str) -> list[str]:
+        """Cut queries, keys and values apart and rotate the first two."""
+        s, at = self._shape, f"layers.{n}"
+        kv_width = s.n_kv_heads * s.head_dim
+        widths = self.constant("qkv_widths", [s.query_width, kv_width, kv_width])
+        self.node("Split", [qkv, widths], [f"{at}.q", f"{at}.k", f"{at}.v"], axis=-1)
+        rotated = [
+            self.node(
+                "RotaryEmbedding",
+                [f"{at}.{p}", self._start(), "cos", "sin"],
+                [f"{at}.{p}_rotated"],
+                CONTRIB,
+                num_heads=h,
+            )
+            for p, h in (("q", s.n_heads), ("k", s.n_kv_heads))
+        ]
+        return [*rotated, f"{at}.v"]
+
+    def _start(self) -> str:
+        """Position of the first token of this call (1,)."""
+        if not any("start" in node.output for node in self._nodes):
+            total = self.node("Cast", ["total_length"], ["total"], to=TensorProto.INT64)
+            count = self.node("Shape", ["x"], ["n_tokens"], start=1, end=2)
+            self.node("Sub", [total, count], ["start"])
+        return "start"
 
     def _gated(self, n: int, h: str) -> str:
         at = f"layers.{n}"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
 from models.artifact.tensors import Array, read_tensors
-from models.build.source import Floats
+from models.build.source import Floats, with_special_tokens
 from models.errors import ArtifactError, SourceError
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -58,11 +58,11 @@ class HubSource:
     @property
     def chat_template(self) -> str:
         """The Jinja template of chats, '' if the model does not chat."""
-        beside = self.path / "chat_template.jinja"
-        if beside.is_file():
-            return beside.read_text("utf-8")
-        found = self._json("tokenizer_config.json").get("chat_template")
-        return found if isinstance(found, str) else ""
+        beside, settings = self.path / "chat_template.jinja", self._json("tokenizer_config.json")
+        template = beside.read_text("utf-8") if beside.is_file() else settings.get("chat_template")
+        named = {name: settings.get(name) for name in ("bos_token", "eos_token")}
+        texts = {name: t["content"] if isinstance(t, dict) else t for name, t in named.items() if t}
+        return with_special_tokens(template, texts) if isinstance(template, str) else ""
 
     @property
     def eos_ids(self) -> Sequence[int]:

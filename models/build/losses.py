@@ -21,10 +21,10 @@ from models.skills import encode
 Losses = dict[str, Any]
 
 PROSE = """\
-The harbour wakes before the town does. Fishing boats come in while the street lamps are still lit, and the gulls know \
-their names. By the time the bakery opens, half of the catch is on its way inland, packed in ice.
-A bridge is never finished. Salt, frost and the weight of lorries work on it every night, so somebody has to walk along \
-it with a hammer and listen. A dull sound means that the steel has come loose from the concrete.
+The harbour wakes before the town does. Fishing boats come in while the street lamps are still lit, and the gulls \
+know their names. By the time the bakery opens, half of the catch is on its way inland, packed in ice.
+A bridge is never finished. Salt, frost and the weight of lorries work on it every night, so somebody has to walk \
+along it with a hammer and listen. A dull sound means that the steel has come loose from the concrete.
 To repair a bicycle tyre you need two levers, a patch and some patience. First let out the air, then lift one side of \
 the tyre over the rim. Find the hole by holding the tube under water and watching for bubbles.
 Water expands when it freezes, which is why a full bottle bursts in the freezer. Most other liquids shrink. The reason \

@@ -41,8 +41,8 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
     parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
     joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
     if any("shift" in part for part in parts):
-        shifts = [part.get("shift", np.zeros_like(part["scale"])) for part in parts]
-        joined["shift"] = np.ascontiguousarray(np.concatenate(shifts).T)
+        shifts = [part.get("shift", np.zeros_like(part["scale"].T)) for part in parts]
+        joined["shift"] = np.concatenate(shifts, axis=1)
     return joined
 
 
@@ -53,7 +53,7 @@ def _on_grid(source: GridSource, names: Sequence[str], bits: int) -> bool:
 
 
 def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None = None) -> dict[str, Array]:
-    """Repack GGUF blocks (N, bytes) of `kind` as `q`, `scale` and, for Q4_1, `shift` (N, G); exact."""
+    """Repack GGUF blocks (N, bytes) of `kind` as `q`, `scale` and, for Q4_1, `shift` (G, N); exact."""
     rows = blocks if row_order is None else blocks[row_order]
     cut = rows.reshape(len(rows), -1, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind])
     scale = _half(cut[..., :2])
@@ -62,7 +62,7 @@ def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None 
     codes = cut[..., -16:]
     packed: dict[str, Array] = {"q": pack_nibbles(np.concatenate([codes & 15, codes >> 4], axis=-1)), "scale": scale}
     if kind == "Q4_1":
-        packed["shift"] = _half(cut[..., 2:4]) + 8 * scale
+        packed["shift"] = np.ascontiguousarray((_half(cut[..., 2:4]) + 8 * scale).T)
     return packed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +52,12 @@ class TensorSource(Protocol):
 
     def tensor(self, name: str) -> Floats:
         """A tensor in fp32; raises `SourceError` if it is absent or misshapen."""
+
+
+def with_special_tokens(template: str, tokens: Mapping[str, str]) -> str:
+    """Return the chat template with the special tokens it speaks of, such as `bos_token`, set at its beginning."""
+    used = {name: text for name, text in tokens.items() if name in template}
+    return "".join(f"{{% set {name} = {json.dumps(text)} %}}" for name, text in used.items()) + template
 
 
 @runtime_checkable

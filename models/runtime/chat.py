@@ -14,10 +14,9 @@ from models.errors import ArtifactError, PromptError
 class ChatTemplate:
     """A compiled template; raises `ArtifactError` if it cannot be compiled."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: str) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
-        self._special_tokens = dict(special_tokens or {})
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -25,10 +24,10 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt that asks for the next message; raises `PromptError` if the template refuses."""
-        values = {"messages": [dict(m) for m in messages], "add_generation_prompt": True, **self._special_tokens}
+        values = {"messages": [dict(m) for m in messages], "add_generation_prompt": True}
         try:
             return self._template.render(values)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is foreign code: it may divide by zero as well as refuse
             raise PromptError(f"the model's chat template refuses these messages: {error}", "messages") from error
 
 

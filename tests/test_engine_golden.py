@@ -1,0 +1,64 @@
+"""Real models against golden texts; each test skips where its model or texts are absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from models.build.assemble import build
+from models.build.fetch import GGUF_SHA256, MEMBER
+from models.build.gguf_source import GgufSource
+from models.build.hub_source import HubSource
+from models.build.verify import golden, golden_texts, report_golden
+from models.errors import DataError
+from tests.tiny_models import quiet
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+HOME = Path(os.environ.get("EDGECASCADE_HOME", ROOT / "var"))
+
+
+@pytest.mark.parametrize("quant", ["fp32", "int8"])
+def test_stories260k_tells_its_stories(tmp_path: Path, quant: str) -> None:
+    """A model of 260,000 parameters, from a Hugging Face folder; in 8 bits it may leave a story half way."""
+    folder = DATA / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the model stories260k is absent")
+    build(HubSource(folder), tmp_path / "out", quant, None, quiet, texts=golden_texts(folder / "golden.json"))
+    results = golden(tmp_path / "out", folder / "golden.json", threads=1)
+    least = 1.0 if quant == "fp32" else 0.3
+    assert all(r.same >= least * len(r.case.greedy_ids) for r in results)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> GgufSource:
+    path = HOME / "cache" / Path(MEMBER).name
+    if not path.is_file() or not (DATA / "smollm2").is_dir():
+        pytest.skip("SmolLM2 (`edgecascade build smollm2 …` fetches it) or its golden texts are absent")
+    source = GgufSource(path)
+    assert source.digest() == GGUF_SHA256
+    return source
+
+
+@pytest.mark.slow
+def test_smollm2_in_fp32_reproduces_all_golden_texts(smollm2: GgufSource, tmp_path: Path) -> None:
+    golden_path = DATA / "smollm2" / "golden.json"
+    build(smollm2, tmp_path / "out", "fp32", None, quiet)
+    assert "12 of 12 golden texts reproduced" in report_golden(tmp_path / "out", golden_path)
+
+
+@pytest.mark.slow
+def test_smollm2_in_int4_loses_little(smollm2: GgufSource, tmp_path: Path) -> None:
+    """The file's own grid is kept; what is lost comes from rounding activations to int8."""
+    texts = golden_texts(DATA / "smollm2" / "golden.json")
+    lost = build(smollm2, tmp_path / "out", "int4", None, quiet, texts=texts).manifest.losses
+    assert lost["token_mean_kl"] < 0.01
+    assert lost["token_top1_agreement"] > 0.95
+
+
+def test_a_file_without_golden_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "golden.json").write_text('[{"prompt": "x"}]', "utf-8")
+    with pytest.raises(DataError, match="golden"):
+        golden_texts(tmp_path / "golden.json")

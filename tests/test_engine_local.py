@@ -1,0 +1,213 @@
+"""The local tier: frames, chats and completions from artifacts built here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from models.artifact.store import Artifact
+from models.build.assemble import build
+from models.build.folder_source import write_folder_source
+from models.build.gguf_source import GgufSource
+from models.errors import ArtifactError, PromptError, PromptTooLongError
+from models.runtime.local import LocalTier
+from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, Token
+from models.skills import slots_from_tags, split_words
+from tests.tiny_models import SHAPE, SKILLS, quiet, random_head, random_tensors, write_adapter, write_gguf
+
+UTTERANCES = ("switch it", "the lamp, please", "Play that Song by Zoë", "heu", "a b c d e f g")
+LIMITS = Limits(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def edge_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("edge")
+    source = GgufSource(write_gguf(folder / "tiny.gguf"))
+    build(source, folder / "edge", "int4", write_adapter(folder / "adapter", source), quiet)
+    return folder / "edge"
+
+
+@pytest.fixture(scope="module")
+def device_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("device")
+    tokenizer = GgufSource(write_gguf(folder / "tiny.gguf")).tokenizer()
+    head = random_head((1, 2))
+    student = write_folder_source(
+        folder / "student", model_id="tiny", shape=SHAPE, tensors=random_tensors(4), tokenizer=tokenizer, head=head
+    )
+    build(student, folder / "device", "int8", None, quiet)
+    return folder / "device"
+
+
+@pytest.fixture(scope="module")
+def edge(edge_path: Path) -> LocalTier:
+    return LocalTier.open(edge_path, "edge", threads=1)
+
+
+@pytest.fixture(scope="module")
+def device(device_path: Path) -> LocalTier:
+    return LocalTier.open(device_path, "device", threads=1)
+
+
+@pytest.fixture(params=["edge", "device"])
+def tier(request: pytest.FixtureRequest) -> Tier:
+    found: Tier = request.getfixturevalue(request.param)
+    return found
+
+
+def answer(tier: Tier, prompt: Prompt, limits: Limits = LIMITS) -> list[Token]:
+    return list(tier.generate(prompt, limits))
+
+
+def test_cards_say_what_the_tiers_do(edge: LocalTier, device: LocalTier) -> None:
+    assert (edge.card.name, edge.card.chats, edge.card.quantisation, edge.card.watts) == ("edge", True, "int4", 9.0)
+    assert (device.card.name, device.card.chats, device.card.quantisation) == ("device", False, "int8")
+    assert edge.card.skills == device.card.skills == SKILLS
+    assert edge.card.context == SHAPE.context
+
+
+@pytest.mark.parametrize("skill", SKILLS.names)
+@pytest.mark.parametrize("text", UTTERANCES)
+def test_the_tokens_of_a_skill_join_to_a_frame(tier: Tier, skill: str, text: str) -> None:
+    tokens = answer(tier, SkillQuery(skill, text))
+    frame = json.loads("".join(t.text for t in tokens))
+    assert "".join(t.text for t in tokens) == json.dumps(frame, ensure_ascii=False)
+    assert frame["intent"] in SKILLS[skill].intents
+    tagged = bool(SKILLS[skill].slots.get(frame["intent"]))
+    assert len(tokens) == 1 + (len(split_words(text)) if tagged else 0)
+    assert set(frame["slots"]) <= set(SKILLS[skill].slots.get(frame["intent"], ()))
+    assert [t.finish_reason for t in tokens] == [None] * (len(tokens) - 1) + ["stop"]
+    assert all(t.logprob <= 0 and -1 <= t.margin <= 1 for t in tokens)
+    assert json.dumps(frame["intent"]) in tokens[0].text, "the intent is known with the first token"
+
+
+def test_slots_are_found_among_the_user_s_own_words(edge: LocalTier) -> None:
+    words = ["Play", "that", "Song", "by", "Zoë", "and", "Another"]
+    found = [answer(edge, SkillQuery("radio", " ".join(words[: n + 1]))) for n in range(len(words))]
+    slots = [json.loads("".join(t.text for t in tokens))["slots"] for tokens in found]
+    values = [v for s in slots for value in s.values() for v in ([value] if isinstance(value, str) else value)]
+    assert all(word in words for value in values for word in value.split())
+    assert slots_from_tags(["Zoë"], ["B-artist"]) == {"artist": "Zoë"}
+
+
+def test_label_logits_are_what_the_answer_was_read_from(tier: LocalTier) -> None:
+    for text in UTTERANCES:
+        intents, tags = tier.label_logits(SkillQuery("radio", text))
+        assert intents.shape == (3,)
+        assert tags is not None
+        assert tags.shape == (len(split_words(text)), len(SKILLS["radio"].tags))
+        first = answer(tier, SkillQuery("radio", text))[0]
+        assert SKILLS["radio"].intents[int(intents.argmax())] in first.text
+    assert tier.label_logits(SkillQuery("lamp", "on"))[1] is None
+
+
+def test_a_bias_in_the_calibration_moves_answers_out_of_scope(device_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "device"
+    folder.mkdir()
+    for file in device_path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    Artifact.open(folder).recalibrated({"lamp": {"reject": {"bias": 1000.0, "floor": -1e9}}})
+    (token,) = answer(LocalTier.open(folder, "device", threads=1), SkillQuery("lamp", "on"))
+    assert "out_of_scope" in token.text
+
+
+def test_early_exits_answer_when_they_are_sure_enough(device_path: Path, device: LocalTier) -> None:
+    always = LocalTier.open(device_path, "device", threads=1, exit_threshold=0.0)
+    never = LocalTier.open(device_path, "device", threads=1, exit_threshold=1.0)
+    sometimes = LocalTier.open(device_path, "device", threads=1, exit_threshold=0.9)
+    for text in UTTERANCES:
+        query = SkillQuery("lamp", text)
+        (full,), (last,), (first,), (some,) = (answer(t, query) for t in (device, never, always, sometimes))
+        assert first.exit_layer == 1
+        assert full.exit_layer is None
+        assert last.text == full.text
+        assert last.logprob == pytest.approx(full.logprob, abs=1e-4)
+        assert some.exit_layer is None or math.exp(some.logprob) >= 0.9
+    assert answer(always, SkillQuery("radio", "play"))[0].exit_layer is None, "slots need the whole model"
+
+
+def test_chats_are_read_by_the_model_s_own_template(edge: LocalTier) -> None:
+    chat = Chat(({"role": "user", "content": "the"},))
+    text = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
+    assert answer(edge, chat) == answer(edge, Completion(text))
+    assert edge.count_tokens(chat) == edge.count_tokens(Completion(text)) == 21
+
+
+def test_an_adapter_beside_the_weights_does_not_touch_text(edge: LocalTier, edge_path: Path) -> None:
+    base = edge_path.parent / "base"
+    build(GgufSource(edge_path.parent / "tiny.gguf"), base, "int4", None, quiet)
+    assert answer(edge, Completion(" the")) == answer(LocalTier.open(base, "edge", threads=1), Completion(" the"))
+
+
+def test_a_seed_repeats_an_answer(edge: LocalTier) -> None:
+    drawn = [answer(edge, Completion("a"), Limits(max_tokens=20, temperature=1.5, seed=s)) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_closing_an_answer_frees_its_session(edge_path: Path) -> None:
+    tier = LocalTier.open(edge_path, "edge", threads=1)
+    for _ in range(20):  # more than there are sessions: a leak would wait for ever
+        tokens = tier.generate(Completion("a"), LIMITS)
+        next(tokens)
+        tokens.close()
+        frame = tier.generate(SkillQuery("radio", "play it"), LIMITS)
+        next(frame)
+        frame.close()
+
+
+def test_an_answer_ends_where_the_context_does(edge: LocalTier) -> None:
+    """Two tokens of room; the random model may end sooner by an end token, with probability about 2/262."""
+    tokens = answer(edge, Completion("b" * (SHAPE.context - 2)), Limits(max_tokens=50))
+    assert len(tokens) == 2
+    assert tokens[-1].finish_reason == "length"
+
+
+REFUSED: list[tuple[str, Prompt, str]] = [
+    ("edge", SkillQuery("radio", "   "), "messages"),
+    ("edge", SkillQuery("heating", "on"), "skill"),
+    ("edge", SkillQuery("radio", "play " * 60), "messages"),
+    ("edge", Completion(""), "prompt"),
+    ("edge", Completion("b" * SHAPE.context), "prompt"),
+    ("edge", Chat(({"role": "user", "content": "b" * SHAPE.context},)), "messages"),
+    ("device", Chat(({"role": "user", "content": "hi"},)), "skill"),
+    ("device", Completion("hi"), "skill"),
+]
+
+
+@pytest.mark.parametrize(("name", "prompt", "field"), REFUSED)
+def test_a_prompt_that_cannot_be_taken_is_refused_at_once(
+    request: pytest.FixtureRequest, name: str, prompt: Prompt, field: str
+) -> None:
+    tier: Tier = request.getfixturevalue(name)
+    with pytest.raises(PromptError) as caught:
+        tier.generate(prompt, LIMITS)
+    assert caught.value.field == field
+    assert answer(tier, SkillQuery("lamp", "on")), "the next request works"
+
+
+def test_overlong_is_told_apart(edge: LocalTier) -> None:
+    with pytest.raises(PromptTooLongError):
+        edge.generate(Completion("b" * SHAPE.context), LIMITS)
+
+
+def test_a_tier_without_skills_says_so(edge_path: Path) -> None:
+    base = edge_path.parent / "no-skills"
+    build(GgufSource(edge_path.parent / "tiny.gguf"), base, "fp32", None, quiet)
+    with pytest.raises(PromptError, match="no skills"):
+        LocalTier.open(base, "edge", threads=1).generate(SkillQuery("lamp", "on"), LIMITS)
+
+
+def test_an_altered_weight_file_is_not_loaded(device_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "device"
+    folder.mkdir()
+    for file in device_path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    path = folder / "layer-001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="layer-001"):
+        LocalTier.open(folder, "device", threads=1)
