@@ -145,7 +145,9 @@ class SkillPrompt:
     words: tuple[str, ...]
 
 
-def encode(skills: SkillSet, name: str, text: str, tokenize: Callable[[str], Sequence[int]], vocab_size: int) -> SkillPrompt:
+def encode(
+    skills: SkillSet, name: str, text: str, tokenize: Callable[[str], Sequence[int]], vocab_size: int
+) -> SkillPrompt:
     """Build the prompt of an utterance.
 
     `tokenize` maps one word, led by a space, to ids. The model reads lower case (two of the three training sets

@@ -47,9 +47,7 @@ def expected_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) ->
 
 
 def test_confidence_fitted_on_one_half_is_calibrated_on_the_other() -> None:
-    fit, test = (
-        [decode(r, SKILL, frames.Reject()) for r in readings(4000, seed)] for seed in (1, 2)
-    )
+    fit, test = ([decode(r, SKILL, frames.Reject()) for r in readings(4000, seed)] for seed in (1, 2))
     confidence = apply(fit_stage(fit, 2), test)
     assert expected_error(confidence, np.array([a.right for a in test])) < 0.03
 

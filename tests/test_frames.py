@@ -27,7 +27,9 @@ def test_the_choice_is_the_best_row_of_its_own_skill(logits: np.ndarray) -> None
 
 
 @given(arrays(np.float32, len(DESK.intents), elements=LOGITS), st.floats(-5, 5), st.floats(-30, 30))
-def test_rejecting_more_readily_only_ever_turns_answers_into_rejections(scores: np.ndarray, bias: float, floor: float) -> None:
+def test_rejecting_more_readily_only_ever_turns_answers_into_rejections(
+    scores: np.ndarray, bias: float, floor: float
+) -> None:
     mild = frames.choose_intent(scores, DESK, frames.Reject(bias, floor)).label
     strict = frames.choose_intent(scores, DESK, frames.Reject(bias + 1, floor + 1)).label
     assert strict in {mild, OUT_OF_SCOPE}

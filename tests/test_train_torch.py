@@ -81,7 +81,7 @@ def adapter(source: FolderSource, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def adapt_settings(epochs: int):  # noqa: ANN201 - the type lives behind torch
+def adapt_settings(epochs: int):
     from models.build.adapt import AdaptSettings
     from models.build.training import Schedule
 
@@ -110,7 +110,9 @@ def test_an_adapter_teaches_a_frozen_model_its_skills(source: FolderSource, adap
     assert accuracy(tmp_path / "edge") > 0.8
 
 
-def test_a_student_learns_from_the_teacher_and_runs_quantised(source: FolderSource, adapter: Path, tmp_path: Path) -> None:
+def test_a_student_learns_from_the_teacher_and_runs_quantised(
+    source: FolderSource, adapter: Path, tmp_path: Path
+) -> None:
     from models.build.assemble import build
     from models.build.distil import DistilSettings, distil
     from models.build.export import write_student

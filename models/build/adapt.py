@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from models.build.adapter import CARD, TENSORS
 from models.build.augment import SlotSwapper
 from models.build.batches import Batch, Encoder, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
+from models.build.power import EDGE_ENERGY
 from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder, Layer
 from models.build.training import LabelLoss, Report, Schedule, Trainer
 from models.errors import DataError
 from models.skills import OUT_OF_SCOPE, SkillSet
+
+_FIRST_SCHEDULE = Schedule(epochs=3, learning_rate=8e-4, token_budget=900)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class AdaptSettings:
     rank: int = 16
     first_layer: int = 4
     seed: int = 7
-    schedule: Schedule = Schedule(epochs=3, learning_rate=8e-4, token_budget=900)
+    schedule: Schedule = _FIRST_SCHEDULE
     noise: float = 0.08
     swap: float = 0.25
     smoothing: float = 0.1
@@ -95,7 +98,9 @@ def adapt(
 class TrainingMix:
     """The batches of each epoch: all examples, out-of-scope ones repeated, foreign ones sampled anew; noise added."""
 
-    def __init__(self, train: Sequence[Example], skills: SkillSet, tokenizer: Tokenizer, vocab_size: int, settings: AdaptSettings) -> None:
+    def __init__(
+        self, train: Sequence[Example], skills: SkillSet, tokenizer: Tokenizer, vocab_size: int, settings: AdaptSettings
+    ) -> None:
         self._train, self._settings, self._skills, self._vocab_size = train, settings, skills, vocab_size
         self._encoder = Encoder(tokenizer, skills, vocab_size)
         self._swapper = SlotSwapper(train)
@@ -118,7 +123,9 @@ class TrainingMix:
             yield add_noise(batch, s.noise, self._vocab_size, noise)
 
 
-def edge_model(source: TensorSource, skills: SkillSet, settings: AdaptSettings, dtype: torch.dtype = torch.bfloat16) -> LabelDecoder:
+def edge_model(
+    source: TensorSource, skills: SkillSet, settings: AdaptSettings, dtype: torch.dtype = torch.bfloat16
+) -> LabelDecoder:
     """The source's weights, frozen in `dtype`, with fresh LoRA from `first_layer` up."""
 
     def get(name: str) -> Tensor:
@@ -145,7 +152,7 @@ def edge_model(source: TensorSource, skills: SkillSet, settings: AdaptSettings, 
 
 
 def init_labels(model: LabelDecoder, skills: SkillSet, tokenizer: Tokenizer) -> None:
-    """Start each label and input at the mean embedding of its name's tokens, with a little noise to tell twins apart."""
+    """Start each label and input at the mean embedding of its name's tokens; a little noise tells twins apart."""
     table = model.frozen_embedding.float()
 
     def mean(text: str) -> Tensor:
@@ -191,5 +198,5 @@ def write_adapter(model: LabelDecoder, skills: SkillSet, out: Path, made: dict[s
     out.mkdir(parents=True, exist_ok=True)
     halves = {k: v.detach().to(torch.float16).contiguous() for k, v in adapter_tensors(model).items()}
     save_file(halves, out / TENSORS)
-    card = {"skills": skills.as_dict(), **made}
+    card = {"skills": skills.as_dict(), "energy": EDGE_ENERGY, **made}
     (out / CARD).write_text(json.dumps(card, indent=1) + "\n", "utf-8")

@@ -51,10 +51,21 @@ def spans(example: Example) -> Iterator[tuple[str, list[str]]]:
 
 
 class Neighbours:
-    """For words that are one token, the words whose embeddings lie nearest: `send` → `sent`, `mail`, …"""
+    """For words that are one token, the words whose embeddings lie nearest, such as `sent` for `send`."""
 
-    def __init__(self, words: Sequence[str], tokenizer: Tokenizer, embedding: NDArray[np.float32], count: int = 6, least: float = 0.4) -> None:
-        single = {w: e.ids[0] for w, e in zip(words, tokenizer.encode_batch([f" {w}" for w in words]), strict=True) if len(e.ids) == 1}
+    def __init__(
+        self,
+        words: Sequence[str],
+        tokenizer: Tokenizer,
+        embedding: NDArray[np.float32],
+        count: int = 6,
+        least: float = 0.4,
+    ) -> None:
+        single = {
+            w: e.ids[0]
+            for w, e in zip(words, tokenizer.encode_batch([f" {w}" for w in words]), strict=True)
+            if len(e.ids) == 1
+        }
         known = list(single)
         table = embedding[[single[w] for w in known]].astype(np.float32)
         table -= table.mean(0)
@@ -90,4 +101,6 @@ class Crossing:
         other = rng.choice(self._by_intent[example.skill, example.intent])
         words, tail = example.text.split(), other.text.split()
         cut = rng.uniform(0.3, 0.7)
-        return replace(example, text=" ".join(words[: max(1, round(cut * len(words)))] + tail[round(cut * len(tail)) :]))
+        return replace(
+            example, text=" ".join(words[: max(1, round(cut * len(words)))] + tail[round(cut * len(tail)) :])
+        )

@@ -75,8 +75,10 @@ class Encoder:
         return Row(prompt.ids + prompt.echo, answer_at, skill, intent, at, tags, key)
 
 
-def batches(rows: Sequence[Row], token_budget: int, rng: random.Random | None = None, pool: int = 2048) -> Iterator[Batch]:
-    """Group rows of similar length into batches of about `token_budget` padded tokens, in random order if `rng` is given.
+def batches(
+    rows: Sequence[Row], token_budget: int, rng: random.Random | None = None, pool: int = 2048
+) -> Iterator[Batch]:
+    """Group rows of similar length into batches of up to `token_budget` padded tokens; `rng` shuffles them.
 
     Lengths are padded to multiples of four: fewer shapes, fewer kernels to compile.
     """

@@ -22,6 +22,10 @@ from models.skills import OUT_OF_SCOPE, Frame, Skill, slots_from_tags
 
 Doubles = NDArray[np.float64]
 FOLDS = 5
+CONVERGED = 1e-8
+LEAST_ANSWERS, LEAST_READINGS = 40, 100
+START_SHARE = 0.3
+"""Where testing starts, fixed before any data is seen: a device that keeps less than this is of no use."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def fit_reject(readings: Sequence[Reading], skill: Skill, level: Level) -> frame
 
 
 def fit_logistic(x: Doubles, y: Doubles, weights: Doubles, ridge: float = 2.0) -> Logistic:
-    """Weighted logistic regression by Newton's method on standardised columns; the ridge keeps separable data finite."""
+    """Weighted logistic regression by Newton's method; the ridge keeps separable data finite."""
     means, scales = x.mean(0), np.maximum(x.std(0), 1e-6)
     z = np.column_stack([np.ones(len(x)), (x - means) / scales])
     penalty = np.full(z.shape[1], ridge)
@@ -111,9 +115,11 @@ def fit_logistic(x: Doubles, y: Doubles, weights: Doubles, ridge: float = 2.0) -
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(z @ beta, -30, 30)))
         curve = weights * np.maximum(p * (1 - p), 1e-6)
-        step = np.linalg.solve((z * curve[:, None]).T @ z + np.diag(penalty), z.T @ (weights * (y - p)) - penalty * beta)
+        step = np.linalg.solve(
+            (z * curve[:, None]).T @ z + np.diag(penalty), z.T @ (weights * (y - p)) - penalty * beta
+        )
         beta += step
-        if np.abs(step).max() < 1e-8:
+        if np.abs(step).max() < CONVERGED:
             break
     return Logistic(float(beta[0]), *(tuple(float(v) for v in vs) for vs in (beta[1:], means, scales)))
 
@@ -125,7 +131,7 @@ def fit_stage(answers: Sequence[Decoded], n_features: int) -> dict[str, Logistic
     y, w = np.array([float(a.right) for a in answers]), np.array([a.weight for a in answers])
     models = {}
     for name, mask in (("in_scope", ~out), (OUT_OF_SCOPE, out)):
-        used = mask if mask.sum() >= 40 and 0 < y[mask].mean() < 1 else np.ones(len(y), bool)
+        used = mask if mask.sum() >= LEAST_ANSWERS and 0 < y[mask].mean() < 1 else np.ones(len(y), bool)
         models[name] = fit_logistic(x[used], y[used], w[used])
     return models
 
@@ -148,10 +154,12 @@ def cross_fitted(answers: Sequence[Decoded], n_features: int) -> Doubles:
 
 
 def learn_then_test(confidence: Doubles, right: NDArray[np.bool_], weights: Doubles, level: Level) -> float:
-    """Smallest threshold whose error among accepted answers is proven ≤ `error` (Angelopoulos et al., arXiv 2110.01052).
+    """Smallest threshold whose error among accepted answers is proven ≤ `error`.
 
-    Fixed-sequence testing from strict to loose: start where a tenth is accepted (and enough to prove anything), stop
-    at the first threshold where the binomial tail of the observed errors exceeds `delta`. Weighted counts enter by their effective sample size. Returns 1.0 if nothing can be proven.
+    Learn-then-Test (Angelopoulos et al., arXiv 2110.01052) in a fixed sequence from strict to loose: start where
+    `START_SHARE` is accepted (and enough to prove anything), stop at the first threshold where the binomial tail of
+    the observed errors exceeds `delta`. Weighted counts enter by their effective sample size. Returns 1.0 if nothing
+    can be proven.
     """
     order = np.argsort(-confidence)
     w, wrong = weights[order], (~right[order]).astype(np.float64)
@@ -159,7 +167,7 @@ def learn_then_test(confidence: Doubles, right: NDArray[np.bool_], weights: Doub
     effective = total**2 / squares
     provable = math.ceil(math.log(level.delta) / math.log(1 - level.error))
     accepted = 1.0
-    for i in range(max(provable, len(order) // 10), len(order)):
+    for i in range(max(provable, math.ceil(START_SHARE * len(order))), len(order)):
         if i + 1 < len(order) and confidence[order[i]] == confidence[order[i + 1]]:
             continue
         n = math.floor(effective[i])
@@ -178,11 +186,15 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     return min(1.0, math.fsum(math.exp(t) for t in terms))
 
 
-def near_edge(confidence: Doubles, right: NDArray[np.bool_], edge_right: NDArray[np.bool_], weights: Doubles, loss: float) -> float:
+def near_edge(
+    confidence: Doubles, right: NDArray[np.bool_], edge_right: NDArray[np.bool_], weights: Doubles, loss: float
+) -> float:
     """Smallest threshold at which the cascade's weighted accuracy stays within `loss` of the edge's own."""
     order = np.argsort(confidence)
     w = weights[order] / weights.sum()
-    gain = np.cumsum((w * (edge_right[order].astype(float) - right[order]))[::-1])[::-1]  # loss if all from i on are local
+    gain = np.cumsum((w * (edge_right[order].astype(float) - right[order]))[::-1])[
+        ::-1
+    ]  # loss if all from i on are local
     good = np.flatnonzero(gain <= loss)
     return float(confidence[order[good[0]]]) if len(good) else 1.0
 
@@ -199,17 +211,27 @@ def calibrate(
     `edge_right` (same order) also keeps the cascade within `cascade_loss` of the edge; `grade` replaces the label by
     another judge's frame, for data without labels. Raises `DataError` with fewer than 100 readings.
     """
-    if len(readings) < 100:
-        raise DataError(f"skill '{skill.name}': {len(readings)} held-out examples are too few to calibrate; give at least 100")
+    if len(readings) < LEAST_READINGS:
+        raise DataError(
+            f"skill '{skill.name}': {len(readings)} held-out examples are too few to calibrate; "
+            f"give at least {LEAST_READINGS}"
+        )
     judged = [replace(r, target=grade(r)) for r in readings] if grade else list(readings)
     weighed = weigh(judged, level.oos_share)
     reject = fit_reject(weighed, skill, level)
     answers = [decode(r, skill, reject) for r in weighed]
-    stages = {"final": len(FINAL_FEATURES) if skill.tags else len(FORECAST_FEATURES), "forecast": len(FORECAST_FEATURES)}
+    stages = {
+        "final": len(FINAL_FEATURES) if skill.tags else len(FORECAST_FEATURES),
+        "forecast": len(FORECAST_FEATURES),
+    }
     confidence = cross_fitted(answers, stages["final"])
     right, weights = np.array([a.right for a in answers]), np.array([a.weight for a in answers])
     tested = learn_then_test(confidence, right, weights, level)
-    bound = near_edge(confidence, right, np.array(edge_right), weights, level.cascade_loss) if edge_right is not None else 0.0
+    bound = (
+        near_edge(confidence, right, np.array(edge_right), weights, level.cascade_loss)
+        if edge_right is not None
+        else 0.0
+    )
     threshold = max(tested, bound)
     local = confidence >= threshold
     return {

@@ -51,7 +51,9 @@ def load(folder: Path, split: str, skills: Iterable[str] = ("assistant", "home",
         try:
             examples.extend(_LOADERS[skill](folder, split))
         except FileNotFoundError as error:
-            raise DataError(f"{error.filename} is missing; see models/build/datasets.py for where it is published") from error
+            raise DataError(
+                f"{error.filename} is missing; see models/build/datasets.py for where it is published"
+            ) from error
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"the data of skill '{skill}' in {folder} is malformed: {error}") from error
     return examples
@@ -116,7 +118,18 @@ def foreign(examples: Iterable[Example], skills: SkillSet) -> list[Example]:
     `assistant` gets the screen, book and creative-work requests of `home`; `home` gets all of `banking` and the
     `assistant` queries outside its own themes; `banking` gets all of `home`.
     """
-    shared_themes = ("music", "song", "weather", "restaurant", "playlist", "book", "rate", "meal", "movie", "reservation")
+    shared_themes = (
+        "music",
+        "song",
+        "weather",
+        "restaurant",
+        "playlist",
+        "book",
+        "rate",
+        "meal",
+        "movie",
+        "reservation",
+    )
     made: list[Example] = []
     for example in examples:
         if example.skill == "home":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from models.build.tokenizers import cut_vocabulary
 from models.build.training import LabelLoss, Report, Schedule, Trainer
 from models.skills import OUT_OF_SCOPE, SkillSet
 
+_SCHEDULE = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
+
 
 @dataclass(frozen=True)
 class DistilSettings:
@@ -41,7 +43,7 @@ class DistilSettings:
     vocab_size: int = 4096
     shape: LlamaShape = STUDENT_SHAPE
     exits: tuple[int, ...] = (2, 4)
-    schedule: Schedule = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
+    schedule: Schedule = _SCHEDULE
     temperature: float = 2.0
     label_share: float = 0.3
     exit_weight: float = 0.3
@@ -55,7 +57,9 @@ class DistilSettings:
     oos_repeat: int = 4
 
 
-def made_up(train: Sequence[Example], skills: SkillSet, neighbours: Neighbours, settings: DistilSettings) -> list[Example]:
+def made_up(
+    train: Sequence[Example], skills: SkillSet, neighbours: Neighbours, settings: DistilSettings
+) -> list[Example]:
     """The utterances to learn from: the training set, out-of-scope ones, and `copies` made-up ones of each."""
     rng = random.Random(settings.seed)
     swapper, strangers = SlotSwapper(train), foreign(train, skills)
@@ -70,7 +74,11 @@ def made_up(train: Sequence[Example], skills: SkillSet, neighbours: Neighbours, 
             if example.tags:
                 new = swapper.swap(example, settings.swap, rng) if copy % 2 == 0 else None
             else:
-                new = neighbours.replace(example, settings.neighbour, rng) if copy % 2 == 0 else crossing.cross(example, rng)
+                new = (
+                    neighbours.replace(example, settings.neighbour, rng)
+                    if copy % 2 == 0
+                    else crossing.cross(example, rng)
+                )
             if new is not None:
                 made.append(new)
     return made
@@ -174,8 +182,15 @@ def distil(
     encoder = Encoder(room.tokenizer, room.skills, len(room.taken_ids))
     data = Curriculum([encoder.row(e, k) for k, e in enumerate(room.utterances)], settings, len(room.taken_ids))
     epochs = settings.schedule.epochs
-    total = sum(sum(1 for _ in batches(data.rows, settings.schedule.token_budget, random.Random(settings.seed * 1000 + e))) for e in range(epochs))
-    identity = {"source": source.digest(), "settings": json.dumps(asdict(settings), sort_keys=True), "examples": len(train)}
+    total = sum(
+        sum(1 for _ in batches(data.rows, settings.schedule.token_budget, random.Random(settings.seed * 1000 + e)))
+        for e in range(epochs)
+    )
+    identity = {
+        "source": source.digest(),
+        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "examples": len(train),
+    }
     trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
     trainer.resume()
     loss = TaughtLoss(room.skills, lesson, settings)

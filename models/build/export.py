@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from models.build.folder_source import FolderSource, write_folder_source
 from models.build.pack import NORMS, PARTS
+from models.build.power import DEVICE_ENERGY
 from models.build.source import SkillHead
 from models.build.student import Student
 from models.build.torch_llama import site_shapes
@@ -22,7 +23,7 @@ Array = NDArray[np.float32]
 def write_student(model: Student, skills: SkillSet, tokenizer: Tokenizer, folder: Path) -> FolderSource:
     """Write the model as a source that `build` takes; it answers skills only, and stops at no token."""
     norms = _array(model.exit_norms) if model.exits else None
-    head = SkillHead(skills, _array(model.labels), _array(model.inputs), model.exits, norms)
+    head = SkillHead(skills, _array(model.labels), _array(model.inputs), model.exits, norms, energy=DEVICE_ENERGY)
     return write_folder_source(
         folder,
         model_id="edgecascade-device",

@@ -7,6 +7,7 @@ import random
 from models.build.datasets import Example
 from models.skills import OUT_OF_SCOPE
 
+SWITCH_SHARE, OOS_SHARE = 0.5, 0.2
 THINGS = ("lamp", "heater", "fan", "blind", "kettle", "door")
 PLACES = ("kitchen", "hall", "bath room", "attic", "garden shed")
 DESK = {
@@ -15,14 +16,20 @@ DESK = {
     "refund": ("i want my money back", "can i get a refund for {day}", "please refund me"),
 }
 DAYS = ("today", "on monday", "on friday", "tomorrow", "at the weekend")
-STRANGE = ("who painted the old bridge", "sing me a tune", "how tall are giraffes", "what rhymes with orange", "tell a joke")
+STRANGE = (
+    "who painted the old bridge",
+    "sing me a tune",
+    "how tall are giraffes",
+    "what rhymes with orange",
+    "tell a joke",
+)
 
 
 def room(rng: random.Random) -> Example:
     """One utterance of skill `room`: switch a thing, or set it to a number, in a place."""
     thing, place, number = rng.choice(THINGS), rng.choice(PLACES).split(), str(rng.randint(1, 30))
     placed = ["B-place", *["I-place"] * (len(place) - 1)]
-    if rng.random() < 0.5:
+    if rng.random() < SWITCH_SHARE:
         verb = rng.choice(("turn on", "switch off", "start", "stop")).split()
         words = [*verb, "the", thing, "in", "the", *place]
         tags = ["O"] * len(verb) + ["O", "B-thing", "O", "O", *placed]
@@ -33,7 +40,7 @@ def room(rng: random.Random) -> Example:
 
 def desk(rng: random.Random) -> Example:
     """One utterance of skill `desk`, a fifth of them out of scope."""
-    if rng.random() < 0.2:
+    if rng.random() < OOS_SHARE:
         return Example("desk", f"{rng.choice(STRANGE)} {rng.choice(DAYS)}", OUT_OF_SCOPE)
     intent = rng.choice(sorted(DESK))
     return Example("desk", rng.choice(DESK[intent]).format(day=rng.choice(DAYS)), intent)

@@ -18,7 +18,9 @@ def read(tier: LocalTier, examples: Sequence[Example], report: Report) -> list[R
     skills = tier.card.skills
     for done, example in enumerate(examples, 1):
         if skills is None or example.intent not in skills[example.skill].intents:
-            raise DataError(f"intent '{example.intent}' is unknown to the tier '{tier.card.name}'; adapt or distil it anew")
+            raise DataError(
+                f"intent '{example.intent}' is unknown to the tier '{tier.card.name}'; adapt or distil it anew"
+            )
         query = SkillQuery(example.skill, example.text)
         intent_logits, tag_logits = tier.label_logits(query)
         found.append(Reading(tuple(example.text.split()), example.frame, intent_logits, tag_logits))

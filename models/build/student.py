@@ -32,7 +32,9 @@ STUDENT_SHAPE = LlamaShape(
 class Student(nn.Module):
     """Decoder read after each layer in `exits` and after the last; `exit_norms` (n_exits, C), `labels` (n_rows, C)."""
 
-    def __init__(self, shape: LlamaShape, exits: tuple[int, ...], n_inputs: int, n_rows: int, embedding: NDArray[np.float32]) -> None:
+    def __init__(
+        self, shape: LlamaShape, exits: tuple[int, ...], n_inputs: int, n_rows: int, embedding: NDArray[np.float32]
+    ) -> None:
         super().__init__()
         self.shape, self.exits = replace(shape, vocab_size=len(embedding)), exits
         width = shape.width
@@ -41,7 +43,9 @@ class Student(nn.Module):
         self.labels = nn.Parameter(torch.randn(n_rows, width) / math.sqrt(width))
         self.final_norm = nn.Parameter(torch.ones(width))
         self.exit_norms = nn.Parameter(torch.ones(len(exits), width))
-        self.layers = nn.ModuleList(Layer(self.shape, _fresh(self.shape), 0, frozen=False) for _ in range(shape.n_layers))
+        self.layers = nn.ModuleList(
+            Layer(self.shape, _fresh(self.shape), 0, frozen=False) for _ in range(shape.n_layers)
+        )
 
     def forward(self, ids: Tensor, dropout: float = 0.0) -> list[Tensor]:
         """(B, T) → normalised hidden states (B, T, C) in fp32 after each exit and the last layer."""
@@ -72,7 +76,7 @@ def _fresh(shape: LlamaShape) -> dict[str, Tensor]:
 
 
 def projected_embedding(table: NDArray[np.float32], ids: list[int], width: int) -> NDArray[np.float32]:
-    """Take over a teacher's embeddings of `ids`, projected on their `width` principal axes and scaled to unit variance."""
+    """Take over a teacher's embeddings of `ids`, projected on their `width` principal axes, at unit variance."""
     rows = table[ids].astype(np.float64)
     rows -= rows.mean(0)
     _, _, axes = np.linalg.svd(rows, full_matrices=False)

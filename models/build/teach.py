@@ -51,7 +51,9 @@ def load_teacher(source: TensorSource, skills: SkillSet, adapter: Path) -> Label
 
 
 @torch.no_grad()
-def teach(model: LabelDecoder, skills: SkillSet, rows: Sequence[Row], report: Report, token_budget: int = 1800) -> Lesson:
+def teach(
+    model: LabelDecoder, skills: SkillSet, rows: Sequence[Row], report: Report, token_budget: int = 1800
+) -> Lesson:
     """Run the teacher over rows; each row's `key` must be unique."""
     lesson = Lesson({}, {})
     done = 0

@@ -16,7 +16,9 @@ SPLITTERS = {
 }
 
 
-def byte_level_bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], special: Iterable[str], splitter: str) -> Tokenizer:
+def byte_level_bpe(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], special: Iterable[str], splitter: str
+) -> Tokenizer:
     """Assemble a byte-level BPE tokenizer; `tokens[i]` has id i, `splitter` is a key of `SPLITTERS`."""
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = SPLITTERS[splitter]

@@ -37,6 +37,7 @@ class Lora(nn.Module):
         self.b = nn.ParameterList([nn.Parameter(torch.zeros(n, rank)) for n in outs])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, n_in) → (…, sum of outs)."""
         hidden = F.linear(x, self.a.to(x.dtype))
         b = torch.block_diag(*[part.to(x.dtype) for part in self.b]) if len(self.b) > 1 else self.b[0].to(x.dtype)
         return F.linear(hidden, b)
@@ -57,10 +58,12 @@ class Layer(nn.Module):
         self.lora = nn.ModuleDict({name: Lora(*sites[name], rank) for name in SITES} if rank else {})
 
     def site(self, name: str, x: Tensor) -> Tensor:
+        """Apply one fused projection and its update."""
         y = F.linear(x, getattr(self, name).to(x.dtype))
         return y + self.lora[name](x) if name in self.lora else y
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
         s = self.shape
         h = self.site("qkv", F.rms_norm(x, (s.width,), self.attn_norm.to(x.dtype), s.norm_eps))
         x = x + self.site("out", attention(h, s, rotary, mask))
@@ -70,7 +73,7 @@ class Layer(nn.Module):
 
 
 def attention(qkv: Tensor, s: LlamaShape, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """Causal grouped-query attention, (B, T, (H+2G)·D) → (B, T, H·D); plain products beat the fused kernel at this size."""
+    """Causal grouped-query attention, (B, T, (H+2G)·D) → (B, T, H·D), by plain products: faster at this size."""
     n_rows, n_tokens = qkv.shape[:2]
     heads, groups, dim = s.n_heads, s.n_kv_heads, s.head_dim
     per_group = heads // groups
@@ -93,7 +96,9 @@ class LabelDecoder(nn.Module):
     `inputs` (n_inputs, C) embeds the skill tokens and `<answer>`; `labels` (n_rows, C) is the label head.
     """
 
-    def __init__(self, shape: LlamaShape, embedding: Tensor, norm: Tensor, layers: list[Layer], n_inputs: int, n_rows: int) -> None:
+    def __init__(
+        self, shape: LlamaShape, embedding: Tensor, norm: Tensor, layers: list[Layer], n_inputs: int, n_rows: int
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.layers = nn.ModuleList(layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -74,7 +73,9 @@ class LabelLoss:
 class Trainer:
     """Runs optimiser steps over a stream of batches; checkpoints let a stopped run go on where it was."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, total_steps: int, checkpoint: Path, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, total_steps: int, checkpoint: Path, identity: dict[str, Any]
+    ) -> None:
         self._model, self._schedule, self._total = model, schedule, total_steps
         self._checkpoint, self._identity = checkpoint, identity
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -84,7 +85,7 @@ class Trainer:
         self._trained, self.step = trained, 0
 
     def resume(self) -> int:
-        """Load the checkpoint if there is one; returns the step to go on from. Raises `DataError` if it is another run's."""
+        """Load the checkpoint, if any, and return the step to go on from; `DataError` if it is another run's."""
         if self._checkpoint.exists():
             state = torch.load(self._checkpoint, weights_only=True)
             if state["identity"] != self._identity:
@@ -105,9 +106,11 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
         }
         torch.save(state, part)
-        os.replace(part, self._checkpoint)
+        part.replace(self._checkpoint)
 
-    def run(self, stream: Iterable[Batch], loss_of: Callable[[Batch], Tensor], report: Report, save_every_s: float = 180.0) -> None:
+    def run(
+        self, stream: Iterable[Batch], loss_of: Callable[[Batch], Tensor], report: Report, save_every_s: float = 180.0
+    ) -> None:
         """Train on the stream; batches up to the resumed step are passed over."""
         saved_at, smooth, done = time.monotonic(), 0.0, self.step
         for number, batch in enumerate(stream):
@@ -115,7 +118,7 @@ class Trainer:
                 continue
             self._set_rate()
             loss = loss_of(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self._trained, self._schedule.clip_norm)
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)

@@ -24,9 +24,12 @@ class Evidence(Protocol):
     """What one decoded label reports; `Token` and `Choice` both do."""
 
     @property
-    def logprob(self) -> float: ...
+    def logprob(self) -> float:
+        """Natural log of the chosen label's probability."""
+
     @property
-    def margin(self) -> float: ...
+    def margin(self) -> float:
+        """Probability of the chosen label less the best other's."""
 
 
 def features(steps: Sequence[Evidence]) -> tuple[float, ...]:

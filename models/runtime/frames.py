@@ -79,7 +79,7 @@ def tags(logits: Floats, skill: Skill, intent: str) -> list[Choice]:
 def log_softmax(scores: Floats) -> NDArray[np.float64]:
     """Log-softmax over the last axis."""
     shifted = np.asarray(scores, np.float64) - np.max(scores, axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float64)
 
 
 def _margin(probabilities: NDArray[np.float64], chosen: int) -> float:
