@@ -71,7 +71,7 @@ def test_the_path_is_the_best_that_the_rules_allow(logits: np.ndarray) -> None:
 
 def test_features_of_one_step_hold_constants_for_tags() -> None:
     one = features([frames.Choice("x", -0.1, 0.8)])
-    assert one[1:] == (0.8, pytest.approx(13.8155, abs=1e-3), 0.0, 1.0, 0.0)
+    assert one[1:] == (0.8, pytest.approx(13.8155, abs=1e-3), 0.0, 1.0, 0.0, 0.0)
 
 
 def test_a_tier_without_calibration_claims_no_confidence_and_never_stays_local() -> None:

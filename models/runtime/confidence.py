@@ -1,7 +1,7 @@
 """Calibrated confidence: P(the answer is right) from what the decode itself reported.
 
-A frame's evidence is the first label's log-probability and margin, and for slots the least certain tag, the sum of
-the tags' log-probabilities and their mean margin (Gupta et al. 2024, arXiv 2404.10136: quantiles of token
+A frame's evidence is the first label's log-probability and margin, and for slots the two least certain tags, the sum
+of the tags' log-probabilities and how many are unsure (Gupta et al. 2024, arXiv 2404.10136: quantiles of token
 log-probabilities beat sums and means). A logistic model per skill, fitted on held-out data, maps it to a probability;
 answers in and out of scope have a model each, because a rejection is right for other reasons than an intent.
 """
@@ -15,9 +15,19 @@ from typing import Any, Protocol
 
 from models.skills import OUT_OF_SCOPE
 
-FINAL_FEATURES = ("first_logit", "first_margin", "least_tag_logit", "tag_logprob_sum", "mean_tag_margin", "log_length")
+FINAL_FEATURES = (
+    "first_logit",
+    "first_margin",
+    "least_tag_logit",
+    "tag_logprob_sum",
+    "least_tag_margin",
+    "second_least_tag_logprob",
+    "unsure_tags",
+)
 FORECAST_FEATURES = FINAL_FEATURES[:2]
 _TINY = 1e-6
+_UNSURE = math.log(0.9)
+"""Log-probability under which a tag counts as unsure."""
 
 
 class Evidence(Protocol):
@@ -35,14 +45,15 @@ class Evidence(Protocol):
 def features(steps: Sequence[Evidence]) -> tuple[float, ...]:
     """`FINAL_FEATURES` of a frame's steps (intent first, then one a word); constants where there are no tags."""
     first, tags = steps[0], steps[1:]
-    least = min((t.logprob for t in tags), default=0.0)
+    logprobs = sorted(t.logprob for t in tags) or [0.0]
     return (
         _logit(math.exp(first.logprob)),
         first.margin,
-        _logit(math.exp(least)),
-        max(-20.0, sum(t.logprob for t in tags)),
-        sum(t.margin for t in tags) / len(tags) if tags else 1.0,
-        math.log(len(steps)),
+        _logit(math.exp(logprobs[0])),
+        max(-20.0, sum(logprobs)),
+        min((t.margin for t in tags), default=1.0),
+        logprobs[1] if len(logprobs) > 1 else 0.0,
+        float(sum(value < _UNSURE for value in logprobs)),
     )
 
 
