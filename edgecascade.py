@@ -203,19 +203,32 @@ def load(
     print_load(shots, plot, as_json=as_json)
 
 
+@app.command("fetch-data")
+def fetch_data(folder: Annotated[Path, typer.Argument(help="Where the sets go; what is there already stays.")]) -> None:
+    """Download the three skill sets from where they are published.
+
+    Example: edgecascade fetch-data ../data
+    """
+    from models.build.published import fetch
+
+    with _bar("fetching") as report:
+        fetch(folder, report)
+
+
 @app.command()
 def adapt(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write; a stopped run goes on from its checkpoint.")],
     data: Data,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same adapter.")] = 7,
+    start: Annotated[Path | None, typer.Option("--from", help="A first course's adapter: go on, more gently.")] = None,
 ) -> None:
-    """Train the edge adapter for the three skills (needs torch; hours on two cores).
+    """Train the edge adapter for the three skills with a fixed seed (needs torch; an hour on two cores).
 
-    Example: edgecascade adapt SmolLM2-135M-Instruct.gguf var/adapter --data ../data
+    Examples: edgecascade adapt smollm2 var/first --data ../data
+              edgecascade adapt smollm2 var/adapter --data ../data --from var/first
     """
     with _training("adapting") as (recipes, report):
-        recipes.adapt_edge(source, _home() / "cache", data, out, seed, report)
+        recipes.adapt_edge(source, _home() / "cache", data, out, start, report)
 
 
 @app.command()

@@ -24,9 +24,10 @@ from models.build.augment import SlotSwapper
 from models.build.batches import Batch, Encoder, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
 from models.build.power import EDGE_ENERGY
+from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder, Layer
-from models.build.training import LabelLoss, Report, Schedule, Trainer
+from models.build.training import LabelLoss, Schedule, Trainer
 from models.errors import DataError
 from models.skills import OUT_OF_SCOPE, SkillSet
 

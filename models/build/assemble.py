@@ -14,7 +14,8 @@ from models.artifact.names import LABELS, TOKENIZER, graph_file
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.adapter import Adapter
 from models.build.losses import Losses, describe, losses
-from models.build.pack import PackedModel, Report, pack
+from models.build.pack import PackedModel, pack
+from models.build.progress import Report
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 

@@ -24,11 +24,12 @@ from models.artifact.shape import LlamaShape
 from models.build.augment import Crossing, Neighbours, SlotSwapper
 from models.build.batches import Batch, Encoder, Row, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
+from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.student import STUDENT_SHAPE, Student, projected_embedding
 from models.build.teach import Lesson, load_teacher, teach
 from models.build.tokenizers import cut_vocabulary
-from models.build.training import LabelLoss, Report, Schedule, Trainer
+from models.build.training import LabelLoss, Schedule, Trainer
 from models.skills import OUT_OF_SCOPE, SkillSet
 
 _SCHEDULE = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)

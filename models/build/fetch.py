@@ -18,7 +18,7 @@ from pathlib import Path
 from models.build.folder_source import FolderSource
 from models.build.gguf_source import GgufSource
 from models.build.hub_source import HubSource
-from models.build.pack import Report
+from models.build.progress import Report
 from models.build.source import TensorSource
 from models.errors import SourceError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,11 @@ from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
 from models.build.graph import FAST_ACTIVATIONS, decoder_graph
+from models.build.progress import Report
 from models.build.quantise import Array, operands, outputs_and_blocks
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
-
-Report = Callable[[int, int, str], None]
-"""Progress: `report(done, total, text)`."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("attn_q", "attn_k", "attn_v"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from models.build.calibrate import Reading
 from models.build.datasets import Example
-from models.build.pack import Report
+from models.build.progress import Report
 from models.errors import DataError
 from models.runtime.local import LocalTier
 from models.runtime.tier import SkillQuery

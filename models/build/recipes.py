@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,28 @@ from models.build.calibrate import Level, Reading, calibrate, decode
 from models.build.datasets import Example, load
 from models.build.fetch import open_source
 from models.build.gguf_source import GgufSource
+from models.build.progress import Report
 from models.build.readings import read
 from models.errors import DataError, SourceError
 from models.runtime.frames import Reject
 from models.runtime.local import LocalTier
 from models.skills import Skill
 
-Report = Callable[[int, int, str], None]
 GRADES = ("exact", "agree-edge")
 
 
-def adapt_edge(source: str, cache: Path, data: Path, out: Path, seed: int, report: Report) -> None:
-    """Train the edge adapter on the training splits in `data` and write it to `out`."""
-    from models.build.adapt import AdaptSettings, adapt
+def adapt_edge(source: str, cache: Path, data: Path, out: Path, start: Path | None, report: Report) -> None:
+    """Train the edge adapter on the training splits in `data`, afresh or on top of `start`, and write it to `out`."""
+    from models.build.adapt import SECOND_COURSE, AdaptSettings, adapt
 
-    adapt(_gguf(source, cache, report), load(data, "train"), out, AdaptSettings(seed=seed), report)
+    adapt(
+        _gguf(source, cache, report),
+        load(data, "train"),
+        out,
+        SECOND_COURSE if start else AdaptSettings(),
+        report,
+        start,
+    )
 
 
 def distil_device(

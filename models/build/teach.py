@@ -16,9 +16,9 @@ from torch import Tensor
 
 from models.build.adapt import AdaptSettings, edge_model
 from models.build.batches import Batch, Row, batches
+from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder
-from models.build.training import Report
 from models.skills import SkillSet
 
 

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.build.batches import IGNORE, Batch
+from models.build.progress import Report
 from models.errors import DataError
 from models.skills import SkillSet
-
-Report = Callable[[int, int, str], None]
-"""Progress: `report(done, total, text)`."""
 
 
 @dataclass(frozen=True)

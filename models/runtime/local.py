@@ -101,6 +101,7 @@ class TextWriter:
         self._decoder, self._tokenizer = decoder, tokenizer
         template = artifact.manifest.chat_template
         self._template = ChatTemplate(template) if template else None
+        self._control = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
         self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
 
     def ids(self, prompt: Chat | Completion) -> list[int]:
@@ -110,6 +111,7 @@ class TextWriter:
         elif self._template is None:
             raise PromptError("this model has no chat template; send a completion", "messages")
         else:
+            self._refuse_control_tokens(prompt)
             ids = self._tokenizer.encode(self._template.render(prompt.messages), add_special_tokens=False).ids
         blamed = "prompt" if isinstance(prompt, Completion) else "messages"
         if not ids:
@@ -120,6 +122,13 @@ class TextWriter:
                 f"the prompt has {len(ids)} tokens, the model reads fewer than {limit}; shorten it", blamed
             )
         return ids
+
+    def _refuse_control_tokens(self, chat: Chat) -> None:
+        """A message that holds `<|im_end|>` would end its own turn and speak for another role."""
+        for message in chat.messages:
+            found = next((token for token in self._control if token in message["content"]), None)
+            if found:
+                raise PromptError(f"a message holds the model's control token '{found}'; leave it out", "messages")
 
     def write(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
         """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
