@@ -49,6 +49,8 @@ class AdaptSettings:
     oos_repeat: int = 4
     shares: tuple[tuple[str, float], ...] = ()
     """Share of a skill's examples that an epoch sees, where it is not all of them."""
+    keep: float = 0.0
+    """Weight of the adapter that a second course started from, averaged with what came out."""
 
 
 SECOND_COURSE = AdaptSettings(
@@ -57,8 +59,9 @@ SECOND_COURSE = AdaptSettings(
     noise=0.05,
     smoothing=0.05,
     shares=(("assistant", 0.5), ("home", 0.7)),
+    keep=0.25,
 )
-"""A gentler course on top of a first one, with less of the skills that learn fast."""
+"""A gentler course on top of a first one, with less of the skills that learn fast, averaged with it."""
 
 
 def adapt(
@@ -93,6 +96,8 @@ def adapt(
     loss = LabelLoss(skills, settings.smoothing)
     stream = (batch for e in range(settings.schedule.epochs) for batch in data.epoch(e))
     trainer.run(stream, lambda batch: loss(model(torch.from_numpy(batch.ids)), model.labels, batch), report)
+    if start:
+        average(model, start, settings.keep)
     write_adapter(model, skills, out, {**identity, "steps": total})
 
 
@@ -176,6 +181,14 @@ def load_adapter(model: LabelDecoder, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+
+
+def average(model: LabelDecoder, folder: Path, keep: float) -> None:
+    """Move the parameters the share `keep` back towards a written adapter (Wortsman et al. 2022, arXiv 2109.01903)."""
+    kept = load_file(folder / TENSORS)
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(model).items():
+            parameter.lerp_(kept[name].to(parameter.dtype), keep)
 
 
 def adapter_tensors(model: LabelDecoder) -> dict[str, Tensor]:
