@@ -240,6 +240,7 @@ def test_a_client_that_leaves_frees_the_edge(bundle: Bundle) -> None:
     next(stream)
     reply.close()
     wait_until(lambda: bundle.edge.closed == 1)
+    assert bundle.edge.closed == 1
 
 
 def test_a_refusal_of_a_tier_is_passed_on_in_the_callers_words(bundle: Bundle) -> None:

@@ -98,7 +98,8 @@ def test_a_mistake_is_named(key: str, value: str) -> None:
 )
 def test_other_peoples_variables_are_let_alone(key: str) -> None:
     """Kubernetes announces Services, the watchdog has settings of its own, and the functions share an environment."""
-    DispatcherConfig.from_environment({**URLS, key: "http://10.0.0.1:8080"})
+    plain = DispatcherConfig.from_environment(URLS)
+    assert DispatcherConfig.from_environment({**URLS, key: "http://10.0.0.1:8080"}) == plain
 
 
 def test_a_tier_needs_a_model() -> None:

@@ -315,3 +315,4 @@ def test_a_malformed_calibration_stops_the_loading() -> None:
     broken = card("device", calibration={"assistant": {"final": {"in_scope": {"bias": 1}}}})
     client = loading_app(lambda _config: FakeTier(broken))
     wait_until(lambda: "failed" in client.get("/_/ready").json["reason"])
+    assert client.get("/_/ready").status_code == 503
