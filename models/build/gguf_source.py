@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from models.errors import SourceError
 
 Floats = NDArray[np.float32]
 
-__all__ = ["Floats", "GgufSource", "LlamaShape", "each_layer"]
+__all__ = ["Floats", "GgufSource", "LlamaShape"]
 
 
 class GgufSource:
@@ -70,11 +69,6 @@ class GgufSource:
             rope_theta=float(self._get("llama.rope.freq_base", 10000.0)),
             norm_eps=float(self._get("llama.attention.layer_norm_rms_epsilon")),
         )
-
-    @property
-    def name(self) -> str:
-        """The model's own name, or the file's."""
-        return str(self._get("general.name", self.path.stem))
 
     @property
     def model_id(self) -> str:
@@ -171,10 +165,3 @@ class GgufSource:
         if name not in self._tensors:
             raise SourceError(f"{self.path} lacks the tensor '{name}'")
         return self._tensors[name]
-
-
-def each_layer(source: GgufSource, use: Callable[[int, dict[str, Floats]], None]) -> None:
-    """Call `use(layer, tensors)` layer by layer, so that one layer at a time is in memory."""
-    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
-    for layer in range(source.shape.n_layers):
-        use(layer, {name: source.tensor(f"blk.{layer}.{name}.weight") for name in names})
