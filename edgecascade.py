@@ -220,15 +220,16 @@ def adapt(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write; a stopped run goes on from its checkpoint.")],
     data: Data,
-    start: Annotated[Path | None, typer.Option("--from", help="A first course's adapter: go on, more gently.")] = None,
+    course: Annotated[int, typer.Option(min=1, help="1 begins afresh; later ones go on from the one before.")] = 1,
+    start: Annotated[Path | None, typer.Option("--from", help="The adapter of the course before.")] = None,
 ) -> None:
     """Train the edge adapter for the three skills with a fixed seed (needs torch; an hour on two cores).
 
     Examples: edgecascade adapt smollm2 var/first --data ../data
-              edgecascade adapt smollm2 var/adapter --data ../data --from var/first
+              edgecascade adapt smollm2 var/second --data ../data --course 2 --from var/first
     """
     with _training("adapting") as (recipes, report):
-        recipes.adapt_edge(source, _home() / "cache", data, out, start, report)
+        recipes.adapt_edge(source, _home() / "cache", data, out, course, start, report)
 
 
 @app.command()

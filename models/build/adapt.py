@@ -48,20 +48,32 @@ class AdaptSettings:
     foreign_per_skill: int = 400
     oos_repeat: int = 4
     shares: tuple[tuple[str, float], ...] = ()
-    """Share of a skill's examples that an epoch sees, where it is not all of them."""
+    """How often an epoch sees a skill's examples, where it is not once: 0.5 is every other one, 2 is all twice."""
     keep: float = 0.0
     """Weight of the adapter that a second course started from, averaged with what came out."""
 
 
-SECOND_COURSE = AdaptSettings(
-    seed=8,
-    schedule=Schedule(epochs=2, learning_rate=4e-4, token_budget=700, warmup_steps=40),
-    noise=0.05,
-    smoothing=0.05,
-    shares=(("assistant", 0.5), ("home", 0.7)),
-    keep=0.25,
+COURSES = (
+    AdaptSettings(),
+    AdaptSettings(
+        seed=8,
+        schedule=Schedule(epochs=2, learning_rate=4e-4, token_budget=700, warmup_steps=40),
+        noise=0.05,
+        smoothing=0.05,
+        shares=(("assistant", 0.5), ("home", 0.7)),
+        keep=0.25,
+    ),
+    AdaptSettings(
+        seed=9,
+        schedule=Schedule(epochs=3, learning_rate=5e-4, token_budget=700, warmup_steps=60),
+        smoothing=0.05,
+        oos_repeat=2,
+        shares=(("assistant", 0.8), ("home", 0.5), ("banking", 2.0)),
+        keep=0.25,
+    ),
 )
-"""A gentler course on top of a first one, with less of the skills that learn fast, averaged with it."""
+"""The courses behind the adapter that ships, each on top of the one before and averaged with it: a first one, a
+gentler one with less of the skills that learn fast, and one with our own out-of-scope queries and more `banking`."""
 
 
 def adapt(
@@ -122,11 +134,16 @@ class TrainingMix:
             pool = [e for e in self._foreign if e.skill == name]
             extra.extend(rng.sample(pool, min(s.foreign_per_skill, len(pool))))
         shares = dict(s.shares)
-        seen = [e for e in self._train if rng.random() < shares.get(e.skill, 1.0)]
+        seen = [e for e in self._train for _ in range(_times(shares.get(e.skill, 1.0), rng))]
         mix = [*seen, *rare * (s.oos_repeat - 1), *extra]
         rows = [self._encoder.row(self._swapper.swap(e, s.swap, rng)) for e in mix]
         for batch in batches(rows, s.schedule.token_budget, rng):
             yield add_noise(batch, s.noise, self._vocab_size, noise)
+
+
+def _times(share: float, rng: random.Random) -> int:
+    """A whole number whose mean is `share`."""
+    return int(share) + (rng.random() < share % 1)
 
 
 def edge_model(

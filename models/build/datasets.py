@@ -23,6 +23,8 @@ from models.skills import OUT_OF_SCOPE, Frame, Skill, SkillSet, slots_from_tags
 
 SPLITS = ("train", "validation", "test")
 BANKING_VALIDATION_SHARE = 0.1
+OUTSIDE_VALIDATION_SHARE = 0.2
+OUTSIDE_FILE = Path(__file__).with_name("outside.txt")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ def load(folder: Path, split: str, skills: Iterable[str] = ("assistant", "home",
     return examples
 
 
+def outside(split: str) -> list[Example]:
+    """Our own queries that no intent of `assistant` covers (outlier exposure, arXiv 1812.04606); none for the test."""
+    lines = OUTSIDE_FILE.read_text("utf-8").splitlines() if split != "test" else []
+    chosen = [t for t in lines if _held_out(t, OUTSIDE_VALIDATION_SHARE) == (split == "validation")]
+    return [Example("assistant", text, OUT_OF_SCOPE) for text in chosen]
+
+
 def _clinc(folder: Path, split: str) -> list[Example]:
     data = json.loads((folder / "clinc150" / "data.json").read_text("utf-8"))
     name = {"train": "train", "validation": "val", "test": "test"}[split]
@@ -80,12 +89,12 @@ def _banking(folder: Path, split: str) -> list[Example]:
         rows = [Example("banking", row["text"].strip(), row["category"]) for row in csv.DictReader(file)]
     if split == "test":
         return rows
-    return [row for row in rows if _held_out(row.text) == (split == "validation")]
+    return [row for row in rows if _held_out(row.text, BANKING_VALIDATION_SHARE) == (split == "validation")]
 
 
-def _held_out(text: str) -> bool:
+def _held_out(text: str, share: float) -> bool:
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < BANKING_VALIDATION_SHARE * 2**32
+    return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
 _LOADERS: Mapping[str, Callable[[Path, str], list[Example]]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from models.artifact.store import Artifact
 from models.build.calibrate import Level, Reading, calibrate, decode
-from models.build.datasets import Example, load
+from models.build.datasets import Example, load, outside
 from models.build.fetch import open_source
 from models.build.gguf_source import GgufSource
 from models.build.progress import Report
@@ -22,18 +22,24 @@ from models.skills import Skill
 GRADES = ("exact", "agree-edge")
 
 
-def adapt_edge(source: str, cache: Path, data: Path, out: Path, start: Path | None, report: Report) -> None:
-    """Train the edge adapter on the training splits in `data`, afresh or on top of `start`, and write it to `out`."""
-    from models.build.adapt import SECOND_COURSE, AdaptSettings, adapt
+def adapt_edge(
+    source: str, cache: Path, data: Path, out: Path, course: int, start: Path | None, report: Report
+) -> None:
+    """Train the edge adapter on the training splits in `data` and write it to `out`.
 
-    adapt(
-        _gguf(source, cache, report),
-        load(data, "train"),
-        out,
-        SECOND_COURSE if start else AdaptSettings(),
-        report,
-        start,
-    )
+    The first course begins afresh, later ones on top of the adapter `start`. Raises `DataError`.
+    """
+    from models.build.adapt import COURSES, adapt
+
+    if not 1 <= course <= len(COURSES):
+        raise DataError(f"course {course} is unknown; there are {len(COURSES)}")
+    if (course > 1) != (start is not None):
+        raise DataError("the first course starts afresh, the others need --from with the adapter of the one before")
+    adapt(_gguf(source, cache, report), _lessons(data), out, COURSES[course - 1], report, start)
+
+
+def _lessons(data: Path) -> list[Example]:
+    return [*load(data, "train"), *outside("train")]
 
 
 def distil_device(
@@ -45,7 +51,7 @@ def distil_device(
     from models.build.export import write_student
 
     student, room = distil(
-        _gguf(source, cache, report), load(data, "train"), adapter, out, DistilSettings(taught=taught), report
+        _gguf(source, cache, report), _lessons(data), adapter, out, DistilSettings(taught=taught), report
     )
     folder = write_student(student, room.skills, room.tokenizer, out / "source")
     return build(folder, out / "tier", "int8", None, report)
@@ -63,7 +69,7 @@ def calibrate_tier(
         raise DataError(f"grade '{grade}' is unknown; use one of {', '.join(GRADES)}")
     if grade == "agree-edge" and edge is None:
         raise DataError("'agree-edge' needs the edge's artifact; name it with --edge")
-    examples = load(data, "validation")
+    examples = [*load(data, "validation"), *outside("validation")]
     opened = LocalTier.open(tier, "device")
     larger = LocalTier.open(edge, "edge") if edge else None
     entries = {}
