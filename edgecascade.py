@@ -257,15 +257,17 @@ def calibrate(
     delta: Annotated[float, typer.Option(min=0, max=1, help="How often the promise may fail.")] = 0.05,
     oos_share: Annotated[float, typer.Option(min=0, max=0.9, help="Expected share of out-of-scope queries.")] = 0.18,
     grade: Annotated[str, typer.Option(help="exact (the label), or agree-edge (the edge says the same).")] = "exact",
+    adapter: Annotated[Path | None, typer.Option(help="The tier's adapter: its card gets the calibration too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit confidence on held-out data and pick the threshold that keeps the promise.
 
-    Example: edgecascade calibrate models/tiers/device --data ../data --edge var/edge --error 0.05
+    Examples: edgecascade calibrate models/tiers/device --data ../data --edge var/edge --error 0.05
+              edgecascade calibrate var/edge --data ../data --adapter models/tiers/edge
     """
     with _training("calibrating") as (recipes, report):
         level = recipes.Level(error=error, delta=delta, oos_share=oos_share)
-        entries = recipes.calibrate_tier(tier, data, edge, level, grade, report)
+        entries = recipes.calibrate_tier(tier, data, edge, level, grade, report, adapter)
     if as_json:
         print(json.dumps(entries))
         return

@@ -22,6 +22,14 @@ TENSORS, CARD = "adapter.safetensors", "adapter.json"
 _NAME = re.compile(r"layers\.(\d+)\.(\w+)\.(a|b\d+)")
 
 
+def recalibrate_card(folder: Path, calibration: Mapping[str, Any]) -> None:
+    """Write another calibration into an adapter's card, in one step; raises `SourceError` if it is no adapter."""
+    card = dict(Adapter.open(folder).card) | {"calibration": dict(calibration)}
+    part = folder / f"{CARD}.part"
+    part.write_text(json.dumps(card, indent=1) + "\n", "utf-8")
+    part.replace(folder / CARD)
+
+
 @dataclass(frozen=True)
 class Update:
     """y += B A x at one fused projection: `a` (R, K), `b` (N, R), block diagonal where parts are fused."""

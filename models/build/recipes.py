@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.artifact.store import Artifact
+from models.build.adapter import recalibrate_card
 from models.build.calibrate import Level, Reading, calibrate, decode
 from models.build.datasets import Example, load, outside
 from models.build.fetch import open_source
@@ -58,10 +59,11 @@ def distil_device(
 
 
 def calibrate_tier(
-    tier: Path, data: Path, edge: Path | None, level: Level, grade: str, report: Report
+    tier: Path, data: Path, edge: Path | None, level: Level, grade: str, report: Report, adapter: Path | None = None
 ) -> dict[str, Any]:
     """Fit the tier's calibration on the validation splits in `data`, write it into its manifest, and return it.
 
+    `adapter` is the adapter the tier was built with: its card gets the calibration too, for the next build.
     With `edge` the threshold also keeps the cascade near it. `grade`: 'exact' (right = the label) or 'agree-edge'
     (right = the edge says the same). Raises `DataError`.
     """
@@ -78,6 +80,8 @@ def calibrate_tier(
             opened, larger, skill, [e for e in examples if e.skill == skill.name], level, grade, report
         )
     Artifact.open(tier).recalibrated(entries)
+    if adapter:
+        recalibrate_card(adapter, entries)
     return entries
 
 
