@@ -1,8 +1,8 @@
 """Distil the device tier: a few million parameters taught by the edge tier on labelled and made-up utterances.
 
-The loss is the Kullback-Leibler divergence from the teacher's softened distribution (Hinton et al. 2015,
-arXiv 1503.02531) plus cross-entropy with the labels, at the end and at each exit. The undistilled twin sees the same
-utterances for the same steps with the labels only.
+The loss is cross-entropy with the labels plus, where the teacher is right, the Kullback-Leibler divergence from its
+softened distribution (Hinton et al. 2015, arXiv 1503.02531), at the end and at each exit. The undistilled twin sees
+the same utterances for the same steps with the labels only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.artifact.shape import LlamaShape
 from models.build.augment import Crossing, Neighbours, SlotSwapper
-from models.build.batches import Batch, Encoder, Row, add_noise, batches
+from models.build.batches import IGNORE, Batch, Encoder, Row, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
 from models.build.progress import Report
 from models.build.source import TensorSource
@@ -46,7 +46,7 @@ class DistilSettings:
     exits: tuple[int, ...] = (2, 4)
     schedule: Schedule = _SCHEDULE
     temperature: float = 2.0
-    label_share: float = 0.3
+    label_share: float = 0.5
     exit_weight: float = 0.3
     smoothing: float = 0.1
     noise: float = 0.08
@@ -55,7 +55,7 @@ class DistilSettings:
     swap: float = 0.6
     neighbour: float = 0.15
     foreign_per_skill: int = 800
-    oos_repeat: int = 4
+    oos_repeat: int = 2
 
 
 def made_up(
@@ -99,19 +99,15 @@ class TaughtLoss:
         return torch.stack(losses).sum()
 
     def _one(self, hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        gold = self._labels(hidden, labels, batch)
         if self._lesson is None:
-            return gold
+            return self._labels(hidden, labels, batch)
         total, count = {"intent": hidden.new_zeros(()), "tag": hidden.new_zeros(())}, {"intent": 0, "tag": 0}
-        t = self._settings.temperature
-        for kind, logits, _, rows in self._labels.split(hidden, labels, batch):
-            target = torch.from_numpy(self._targets(kind, batch, rows.tolist())).float()
-            loss = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(target / t, -1), reduction="sum") * t * t
-            total[kind] = total[kind] + loss
+        s = self._settings
+        for kind, logits, gold, rows in self._labels.split(hidden, labels, batch):
+            taught = torch.from_numpy(self._targets(kind, batch, rows.tolist())).float()
+            total[kind] = total[kind] + mixed_loss(logits, gold, taught, s).sum()
             count[kind] += len(logits)
-        taught = total["intent"] / max(count["intent"], 1) + total["tag"] / max(count["tag"], 1)
-        share = self._settings.label_share
-        return share * gold + (1 - share) * taught
+        return total["intent"] / max(count["intent"], 1) + total["tag"] / max(count["tag"], 1)
 
     def _targets(self, kind: str, batch: Batch, rows: list[int]) -> Any:
         assert self._lesson is not None  # noqa: S101 - narrowed by the caller
@@ -119,6 +115,18 @@ class TaughtLoss:
             return np.stack([self._lesson.intents[int(batch.keys[i])] for i in rows])
         order = list(dict.fromkeys(rows))
         return np.concatenate([self._lesson.tags[int(batch.keys[i])] for i in order])
+
+
+def mixed_loss(logits: Tensor, gold: Tensor, taught: Tensor, settings: DistilSettings) -> Tensor:
+    """Loss (N,) from labels `gold` (N,) and teacher logits `taught` (N, rows); a teacher who is wrong is not heard.
+
+    Conditional teaching (Meng et al. 2019, arXiv 1904.12399): where the teacher's pick is the label, its softened
+    distribution takes the share `1 - label_share`; elsewhere the label alone counts.
+    """
+    t, share = settings.temperature, settings.label_share
+    told = F.cross_entropy(logits, gold, reduction="none", ignore_index=IGNORE, label_smoothing=settings.smoothing)
+    softened = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(taught / t, -1), reduction="none").sum(-1) * t * t
+    return torch.where(taught.argmax(-1) == gold, share * told + (1 - share) * softened, told)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def calibrate_tier(
     if grade == "agree-edge" and edge is None:
         raise DataError("'agree-edge' needs the edge's artifact; name it with --edge")
     examples = [*load(data, "validation"), *outside("validation")]
-    opened = LocalTier.open(tier, "device")
+    opened = LocalTier.open(tier, tier.name)
     larger = LocalTier.open(edge, "edge") if edge else None
     entries = {}
     for skill in opened.card.skills.skills if opened.card.skills else ():
