@@ -1,5 +1,6 @@
 """Loading, augmenting and batching examples."""
 
+import math
 import random
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tokenizers import Tokenizer
 from models.build import grammar
 from models.build.augment import Crossing, Neighbours, SlotSwapper, spans
 from models.build.batches import Encoder, add_noise, batches
-from models.build.datasets import Example, load, skill_set
+from models.build.datasets import Example, load, log_prior, skill_set
 from models.build.tokenizers import byte_level_bpe, cut_vocabulary
 from models.errors import DataError
+from models.skills import OUT_OF_SCOPE, Skill
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EXAMPLES = grammar.make(300, seed=2)
@@ -48,6 +50,12 @@ def test_the_real_sets_have_their_published_sizes_and_disjoint_splits() -> None:
     assert not {e.text for e in train if e.skill == "banking"} & {e.text for e in held if e.skill == "banking"}
     assert len(skill_set(train)["assistant"].intents) == 151
     assert len(test) == 2250 + 500 + 350 + 1540
+
+
+def test_the_prior_of_an_intent_is_how_often_it_was_seen_against_the_mean() -> None:
+    desk = Skill("desk", ("rare", "often", "never", OUT_OF_SCOPE))
+    seen = [Example("desk", "w", intent) for intent in ("rare", "often", "often", "often", *[OUT_OF_SCOPE] * 9)]
+    assert log_prior(desk, seen) == pytest.approx([math.log(0.5), math.log(1.5), 0.0, 0.0])
 
 
 def test_swapping_slots_keeps_intent_and_order_of_labels() -> None:

@@ -14,6 +14,7 @@ from models.build.calibrate import (
     binomial_cdf,
     calibrate,
     decode,
+    fit_prior,
     fit_reject,
     fit_stage,
     learn_then_test,
@@ -47,7 +48,7 @@ def expected_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) ->
 
 
 def test_confidence_fitted_on_one_half_is_calibrated_on_the_other() -> None:
-    fit, test = ([decode(r, SKILL, frames.Reject()) for r in readings(4000, seed)] for seed in (1, 2))
+    fit, test = ([decode(r, SKILL, frames.IntentRule()) for r in readings(4000, seed)] for seed in (1, 2))
     confidence = apply(fit_stage(fit, 2), test)
     assert expected_error(confidence, np.array([a.right for a in test])) < 0.03
 
@@ -60,8 +61,9 @@ def test_weights_bring_out_of_scope_to_its_stated_share() -> None:
 
 def test_rejection_gains_recall_within_the_loss_allowed_in_scope() -> None:
     data, level = weigh(readings(3000, 4, oos=150), 0.18), Level(max_in_scope_loss=0.02)
-    plain = [decode(r, SKILL, frames.Reject()) for r in data]
-    tuned = [decode(r, SKILL, fit_reject(data, SKILL, level)) for r in data]
+    plain = [decode(r, SKILL, frames.IntentRule()) for r in data]
+    rule = fit_reject(data, SKILL, level)
+    tuned = [decode(r, SKILL, rule) for r in data]
 
     def shares(answers: list) -> tuple[float, float]:
         inside = np.array([r.target.intent != OUT_OF_SCOPE for r in data])
@@ -70,6 +72,24 @@ def test_rejection_gains_recall_within_the_loss_allowed_in_scope() -> None:
 
     assert shares(tuned)[0] >= shares(plain)[0] - 0.02
     assert shares(tuned)[1] > shares(plain)[1]
+
+
+def test_what_a_tier_owes_to_commoner_intents_is_taken_off() -> None:
+    prior = [math.log(3) if n < 3 else math.log(0.25) if n < 9 else 0.0 for n in range(10)]
+    data = [Reading(r.words, r.target, r.intent_logits + np.array(prior, np.float32)) for r in readings(3000, 8)]
+    found = fit_prior(data, SKILL, prior)
+
+    def accuracy(rule: frames.IntentRule) -> float:
+        return float(np.mean([decode(r, SKILL, rule).right for r in data]))
+
+    assert found == tuple(prior)
+    assert accuracy(frames.IntentRule(prior=found)) > accuracy(frames.IntentRule())
+    assert fit_prior(data, SKILL, [0.0] * 10) == ()
+
+
+def test_a_prior_for_other_intents_is_refused() -> None:
+    with pytest.raises(DataError, match="2 values for 10 intents"):
+        fit_prior(readings(200, 9), SKILL, [0.1, -0.1])
 
 
 def test_the_promise_of_the_threshold_holds_on_fresh_data_nearly_always() -> None:

@@ -30,15 +30,25 @@ def test_the_choice_is_the_best_row_of_its_own_skill(logits: np.ndarray) -> None
 def test_rejecting_more_readily_only_ever_turns_answers_into_rejections(
     scores: np.ndarray, bias: float, floor: float
 ) -> None:
-    mild = frames.choose_intent(scores, DESK, frames.Reject(bias, floor)).label
-    strict = frames.choose_intent(scores, DESK, frames.Reject(bias + 1, floor + 1)).label
+    mild = frames.choose_intent(scores, DESK, frames.IntentRule(bias, floor)).label
+    strict = frames.choose_intent(scores, DESK, frames.IntentRule(bias + 1, floor + 1)).label
     assert strict in {mild, OUT_OF_SCOPE}
 
 
 def test_a_query_with_low_logits_everywhere_falls_under_the_floor() -> None:
     scores = np.array([0.3, 0.1, 0.0, 0.2], np.float32)
-    assert frames.choose_intent(scores, DESK, frames.Reject(0.0, 5.0)).label == OUT_OF_SCOPE
-    assert frames.choose_intent(scores + 20, DESK, frames.Reject(0.0, 5.0)).label == DESK.intents[0]
+    assert frames.choose_intent(scores, DESK, frames.IntentRule(0.0, 5.0)).label == OUT_OF_SCOPE
+    assert frames.choose_intent(scores + 20, DESK, frames.IntentRule(0.0, 5.0)).label == DESK.intents[0]
+
+
+def test_the_prior_is_taken_off_before_the_choice() -> None:
+    scores = np.zeros(len(DESK.intents))
+    scores[0] = 1.0
+    prior = (2.0, *[0.0] * (len(DESK.intents) - 1))
+    rule = frames.IntentRule.from_manifest({"desk": {"prior": list(prior)}}, "desk")
+    assert rule.prior == prior
+    assert frames.choose_intent(scores, DESK, rule).label == DESK.intents[1]
+    assert frames.choose_intent(scores, DESK).label == DESK.intents[0]
 
 
 @given(arrays(np.float32, st.tuples(st.integers(1, 9), st.just(len(ROOM.tags))), elements=LOGITS))

@@ -71,18 +71,9 @@ COURSES = (
         shares=(("assistant", 0.8), ("home", 0.5), ("banking", 2.0)),
         keep=0.25,
     ),
-    AdaptSettings(
-        seed=10,
-        schedule=Schedule(epochs=2, learning_rate=4e-4, token_budget=700, warmup_steps=60),
-        smoothing=0.05,
-        oos_repeat=1,
-        shares=(("assistant", 0.6), ("home", 0.7), ("banking", 2.0)),
-        keep=0.25,
-    ),
 )
 """The courses behind the adapter that ships, each on top of the one before and averaged with it: a first one, a
-gentler one with less of the skills that learn fast, one with our own out-of-scope queries and more `banking`, and one
-with labels as if equally common and half of the held-out `banking` queries."""
+gentler one with less of the skills that learn fast, and one with our own out-of-scope queries and more `banking`."""
 
 
 def adapt(
@@ -114,7 +105,7 @@ def adapt(
     total = sum(sum(1 for _ in data.epoch(e)) for e in range(settings.schedule.epochs))
     trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
     trainer.resume()
-    loss = LabelLoss(skills, settings.smoothing, train)
+    loss = LabelLoss(skills, settings.smoothing)
     stream = (batch for e in range(settings.schedule.epochs) for batch in data.epoch(e))
     trainer.run(stream, lambda batch: loss(model(torch.from_numpy(batch.ids)), model.labels, batch), report)
     if start:

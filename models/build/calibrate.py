@@ -24,6 +24,7 @@ Doubles = NDArray[np.float64]
 FOLDS = 5
 CONVERGED = 1e-8
 LEAST_ANSWERS, LEAST_READINGS = 40, 100
+PRIOR_SHARES = (0.0, 0.5, 1.0)
 START_SHARE = 0.3
 """Where testing starts, fixed before any data is seen: a device that keeps less than this is of no use."""
 
@@ -56,13 +57,13 @@ class Level:
     error: float = 0.05
     delta: float = 0.05
     oos_share: float = 0.18
-    max_in_scope_loss: float = 0.003
+    max_in_scope_loss: float = 0.001
     cascade_loss: float = 0.001
 
 
-def decode(reading: Reading, skill: Skill, reject: frames.Reject) -> Decoded:
+def decode(reading: Reading, skill: Skill, rule: frames.IntentRule) -> Decoded:
     """Answer as the runtime does."""
-    choice = frames.choose_intent(reading.intent_logits, skill, reject)
+    choice = frames.choose_intent(reading.intent_logits, skill, rule)
     steps = [choice]
     slots = {}
     if reading.tag_logits is not None and skill.slots.get(choice.label):
@@ -83,25 +84,51 @@ def weigh(readings: Sequence[Reading], oos_share: float) -> list[Reading]:
     return [replace(r, weight=factor) if r.target.intent == OUT_OF_SCOPE else r for r in readings]
 
 
-def fit_reject(readings: Sequence[Reading], skill: Skill, level: Level) -> frames.Reject:
+def fit_rule(readings: Sequence[Reading], skill: Skill, level: Level, prior: Sequence[float] = ()) -> frames.IntentRule:
+    """Fit the share of `prior` to take off, then how readily to reject."""
+    return fit_reject(readings, skill, level, fit_prior(readings, skill, prior))
+
+
+def fit_prior(readings: Sequence[Reading], skill: Skill, prior: Sequence[float]) -> tuple[float, ...]:
+    """Pick the share of the training prior (n_intents,) that makes in-scope accuracy best with all intents as common.
+
+    Raises `DataError` if the prior has not one value an intent.
+    """
+    inside = [r for r in readings if r.target.intent != OUT_OF_SCOPE]
+    if not inside or not any(prior):
+        return ()
+    if len(prior) != len(skill.intents):
+        raise DataError(f"skill '{skill.name}': the prior has {len(prior)} values for {len(skill.intents)} intents")
+    scores = np.stack([r.intent_logits for r in inside]).astype(np.float64)
+    targets = np.array([skill.intents.index(r.target.intent) for r in inside])
+    weights = np.exp(-np.asarray(prior))[targets]
+    best = max(PRIOR_SHARES, key=lambda s: float(((scores - s * np.asarray(prior)).argmax(1) == targets) @ weights))
+    return tuple(best * p for p in prior) if best else ()
+
+
+def fit_reject(
+    readings: Sequence[Reading], skill: Skill, level: Level, prior: tuple[float, ...] = ()
+) -> frames.IntentRule:
     """Pick bias and floor for the best weighted accuracy that costs at most `max_in_scope_loss` in scope."""
+    plain = frames.IntentRule(prior=prior)
     if not any(r.target.intent == OUT_OF_SCOPE for r in readings) or OUT_OF_SCOPE not in skill.intents:
-        return frames.Reject()
+        return plain
     scores = np.stack([r.intent_logits for r in readings]).astype(np.float64)
+    if prior:
+        scores -= prior
     row = skill.intents.index(OUT_OF_SCOPE)
     targets = np.array([skill.intents.index(r.target.intent) for r in readings])
     weights, inside = np.array([r.weight for r in readings]), targets != row
-    tops = np.delete(scores, row, axis=1).max(1)
-    base = float((scores.argmax(1) == targets)[inside].mean())
-    best, best_score = frames.Reject(), -1.0
+    own, scores[:, row] = scores[:, row].copy(), -math.inf
+    tops, known = scores.max(1), scores.argmax(1) == targets
+    base = float((known & (tops >= own))[inside].mean())
+    best, best_score = plain, -1.0
     for bias in np.arange(-1.0, 4.01, 0.5):
         for floor in [-math.inf, *np.quantile(tops, np.linspace(0.005, 0.3, 60))]:
-            adjusted = scores.copy()
-            adjusted[:, row] = np.logaddexp(adjusted[:, row] + bias, floor)
-            right = adjusted.argmax(1) == targets
+            right = np.where(np.logaddexp(own + bias, floor) > tops, ~inside, known)
             score = float((right * weights).sum() / weights.sum())
             if right[inside].mean() >= base - level.max_in_scope_loss and score > best_score:
-                best, best_score = frames.Reject(float(bias), float(floor)), score
+                best, best_score = frames.IntentRule(float(bias), float(floor), prior), score
     return best
 
 
@@ -205,11 +232,13 @@ def calibrate(
     level: Level,
     edge_right: Sequence[bool] | None = None,
     grade: Callable[[Reading], Frame] | None = None,
+    prior: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Fit one skill's calibration entry for the manifest, with a report of what it promises.
 
     `edge_right` (same order) also keeps the cascade within `cascade_loss` of the edge; `grade` replaces the label by
-    another judge's frame, for data without labels. Raises `DataError` with fewer than 100 readings.
+    another judge's frame, for data without labels; `prior` (n_intents,) is the log of how common each intent was in
+    training. Raises `DataError` with fewer than 100 readings.
     """
     if len(readings) < LEAST_READINGS:
         raise DataError(
@@ -218,8 +247,8 @@ def calibrate(
         )
     judged = [replace(r, target=grade(r)) for r in readings] if grade else list(readings)
     weighed = weigh(judged, level.oos_share)
-    reject = fit_reject(weighed, skill, level)
-    answers = [decode(r, skill, reject) for r in weighed]
+    rule = fit_rule(weighed, skill, level, prior)
+    answers = [decode(r, skill, rule) for r in weighed]
     stages = {
         "final": len(FINAL_FEATURES) if skill.tags else len(FORECAST_FEATURES),
         "forecast": len(FORECAST_FEATURES),
@@ -235,7 +264,8 @@ def calibrate(
     threshold = max(tested, bound)
     local = confidence >= threshold
     return {
-        "reject": {"bias": reject.bias, "floor": reject.floor if math.isfinite(reject.floor) else -1e9},
+        "reject": {"bias": rule.bias, "floor": rule.floor if math.isfinite(rule.floor) else -1e9},
+        **({"prior": list(rule.prior)} if rule.prior else {}),
         **{stage: {k: _entry(m) for k, m in fit_stage(answers, n).items()} for stage, n in stages.items()},
         "threshold": threshold,
         "promise": {

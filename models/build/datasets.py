@@ -14,6 +14,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +121,16 @@ def skill_set(examples: Iterable[Example]) -> SkillSet:
             for name, found in intents.items()
         )
     )
+
+
+def log_prior(skill: Skill, examples: Iterable[Example]) -> list[float]:
+    """Log of how often each intent (n_intents,) of the skill is among the examples, against the mean intent.
+
+    `out_of_scope` is zero, as are intents not seen: how common they are is made, not observed.
+    """
+    counts = Counter(e.intent for e in examples if e.skill == skill.name and e.intent != OUT_OF_SCOPE)
+    mean = counts.total() / max(len(counts), 1)
+    return [math.log(counts[intent] / mean) if counts[intent] else 0.0 for intent in skill.intents]
 
 
 def foreign(examples: Iterable[Example], skills: SkillSet) -> list[Example]:

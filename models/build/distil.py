@@ -22,14 +22,14 @@ from torch import Tensor
 
 from models.artifact.shape import LlamaShape
 from models.build.augment import Crossing, Neighbours, SlotSwapper
-from models.build.batches import Batch, Encoder, Row, add_noise, batches
+from models.build.batches import IGNORE, Batch, Encoder, Row, add_noise, batches
 from models.build.datasets import Example, foreign, skill_set
 from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.student import STUDENT_SHAPE, Student, projected_embedding
 from models.build.teach import Lesson, load_teacher, teach
 from models.build.tokenizers import cut_vocabulary
-from models.build.training import LabelLoss, Part, Schedule, Trainer
+from models.build.training import LabelLoss, Schedule, Trainer
 from models.skills import OUT_OF_SCOPE, SkillSet
 
 _SCHEDULE = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
@@ -88,10 +88,8 @@ def made_up(
 class TaughtLoss:
     """Distillation loss at every exit and the end; without lessons, labels alone."""
 
-    def __init__(
-        self, skills: SkillSet, lesson: Lesson | None, settings: DistilSettings, train: Sequence[Example] = ()
-    ) -> None:
-        self._labels = LabelLoss(skills, settings.smoothing, train)
+    def __init__(self, skills: SkillSet, lesson: Lesson | None, settings: DistilSettings) -> None:
+        self._labels = LabelLoss(skills, settings.smoothing)
         self._lesson, self._settings = lesson, settings
 
     def __call__(self, outputs: list[Tensor], labels: Tensor, batch: Batch) -> Tensor:
@@ -104,10 +102,11 @@ class TaughtLoss:
         if self._lesson is None:
             return self._labels(hidden, labels, batch)
         total, count = {"intent": hidden.new_zeros(()), "tag": hidden.new_zeros(())}, {"intent": 0, "tag": 0}
-        for part in self._labels.split(hidden, labels, batch):
-            taught = torch.from_numpy(self._targets(part.kind, batch, part.rows.tolist())).float()
-            total[part.kind] = total[part.kind] + mixed_loss(part, taught, self._settings).sum()
-            count[part.kind] += len(part.gold)
+        s = self._settings
+        for kind, logits, gold, rows in self._labels.split(hidden, labels, batch):
+            taught = torch.from_numpy(self._targets(kind, batch, rows.tolist())).float()
+            total[kind] = total[kind] + mixed_loss(logits, gold, taught, s).sum()
+            count[kind] += len(logits)
         return total["intent"] / max(count["intent"], 1) + total["tag"] / max(count["tag"], 1)
 
     def _targets(self, kind: str, batch: Batch, rows: list[int]) -> Any:
@@ -118,16 +117,16 @@ class TaughtLoss:
         return np.concatenate([self._lesson.tags[int(batch.keys[i])] for i in order])
 
 
-def mixed_loss(part: Part, taught: Tensor, settings: DistilSettings) -> Tensor:
-    """Loss (N,) from a part's labels and teacher logits `taught` (N, rows); a teacher who is wrong is not heard.
+def mixed_loss(logits: Tensor, gold: Tensor, taught: Tensor, settings: DistilSettings) -> Tensor:
+    """Loss (N,) from labels `gold` (N,) and teacher logits `taught` (N, rows); a teacher who is wrong is not heard.
 
     Conditional teaching (Meng et al. 2019, arXiv 1904.12399): where the teacher's pick is the label, its softened
     distribution takes the share `1 - label_share`; elsewhere the label alone counts.
     """
     t, share = settings.temperature, settings.label_share
-    told = part.told(settings.smoothing)
-    softened = F.kl_div(F.log_softmax(part.logits / t, -1), F.softmax(taught / t, -1), reduction="none").sum(-1) * t * t
-    return torch.where(taught.argmax(-1) == part.gold, share * told + (1 - share) * softened, told)
+    told = F.cross_entropy(logits, gold, reduction="none", ignore_index=IGNORE, label_smoothing=settings.smoothing)
+    softened = F.kl_div(F.log_softmax(logits / t, -1), F.softmax(taught / t, -1), reduction="none").sum(-1) * t * t
+    return torch.where(taught.argmax(-1) == gold, share * told + (1 - share) * softened, told)
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def distil(
     }
     trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
     trainer.resume()
-    loss = TaughtLoss(room.skills, lesson, settings, room.utterances)
+    loss = TaughtLoss(room.skills, lesson, settings)
     stream = (batch for e in range(epochs) for batch in data.epoch(e))
     trainer.run(stream, lambda b: loss(model(torch.from_numpy(b.ids), settings.dropout), model.labels, b), report)
     return model.eval(), room

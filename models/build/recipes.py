@@ -10,13 +10,13 @@ from typing import Any
 from models.artifact.store import Artifact
 from models.build.adapter import recalibrate_card
 from models.build.calibrate import Level, Reading, calibrate, decode
-from models.build.datasets import Example, load, outside
+from models.build.datasets import Example, load, log_prior, outside
 from models.build.fetch import open_source
 from models.build.gguf_source import GgufSource
 from models.build.progress import Report
 from models.build.readings import read
 from models.errors import DataError, SourceError
-from models.runtime.frames import Reject
+from models.runtime.frames import IntentRule
 from models.runtime.local import LocalTier
 from models.skills import Skill
 
@@ -71,13 +71,20 @@ def calibrate_tier(
         raise DataError(f"grade '{grade}' is unknown; use one of {', '.join(GRADES)}")
     if grade == "agree-edge" and edge is None:
         raise DataError("'agree-edge' needs the edge's artifact; name it with --edge")
-    examples = [*load(data, "validation"), *outside("validation")]
+    examples, lessons = [*load(data, "validation"), *outside("validation")], _lessons(data)
     opened = LocalTier.open(tier, tier.name)
     larger = LocalTier.open(edge, "edge") if edge else None
     entries = {}
     for skill in opened.card.skills.skills if opened.card.skills else ():
         entries[skill.name] = _calibrate_skill(
-            opened, larger, skill, [e for e in examples if e.skill == skill.name], level, grade, report
+            opened,
+            larger,
+            skill,
+            [e for e in examples if e.skill == skill.name],
+            level,
+            grade,
+            report,
+            log_prior(skill, lessons),
         )
     Artifact.open(tier).recalibrated(entries)
     if adapter:
@@ -93,19 +100,20 @@ def _calibrate_skill(
     level: Level,
     grade: str,
     report: Report,
+    prior: Sequence[float],
 ) -> dict[str, Any]:
     readings = read(tier, examples, report)
     if edge is None:
-        return calibrate(readings, skill, level)
-    answers = [decode(r, skill, _reject(edge, skill)) for r in read(edge, examples, report)]
+        return calibrate(readings, skill, level, prior=prior)
+    answers = [decode(r, skill, _rule(edge, skill)) for r in read(edge, examples, report)]
     if grade == "agree-edge":
         agreed: list[Reading] = [replace(r, target=a.frame) for r, a in zip(readings, answers, strict=True)]
-        return calibrate(agreed, skill, level)
-    return calibrate(readings, skill, level, [a.right for a in answers])
+        return calibrate(agreed, skill, level, prior=prior)
+    return calibrate(readings, skill, level, [a.right for a in answers], prior=prior)
 
 
-def _reject(tier: LocalTier, skill: Skill) -> Reject:
-    return Reject.from_manifest(tier.card.calibration, skill.name)
+def _rule(tier: LocalTier, skill: Skill) -> IntentRule:
+    return IntentRule.from_manifest(tier.card.calibration, skill.name)
 
 
 def _gguf(source: str, cache: Path, report: Report) -> GgufSource:

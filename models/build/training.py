@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.build.batches import IGNORE, Batch
-from models.build.datasets import Example
 from models.build.progress import Report
 from models.errors import DataError
-from models.skills import OUT_OF_SCOPE, SkillSet
+from models.skills import SkillSet
 
 
 @dataclass(frozen=True)
@@ -33,81 +31,41 @@ class Schedule:
     clip_norm: float = 1.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one skill's intents or tags have in a batch: `logits` (N, rows), `gold` (N,), batch `rows` (N,).
-
-    `prior` (rows,) is how much commoner than the mean each label is in training, as a log; zeros for tags.
-    """
-
-    kind: str
-    logits: Tensor
-    prior: Tensor
-    gold: Tensor
-    rows: Tensor
-
-    def told(self, smoothing: float) -> Tensor:
-        """Cross-entropy (N,) with the labels as if each were equally common.
-
-        The prior is added while training only, so the plain logits owe nothing to how often a label was seen
-        (logit-adjusted loss, Menon et al. 2021, arXiv 2007.07314).
-        """
-        return F.cross_entropy(
-            self.logits + self.prior, self.gold, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing
-        )
-
-
 class LabelLoss:
     """Cross-entropy of intents and tags, each over the skill's own rows, with label smoothing."""
 
-    def __init__(
-        self, skills: SkillSet, smoothing: float, train: Iterable[Example] = (), tag_weight: float = 1.0
-    ) -> None:
+    def __init__(self, skills: SkillSet, smoothing: float, tag_weight: float = 1.0) -> None:
         self._intents = [skills.intent_rows(name) for name in skills.names]
         self._tags = [skills.tag_rows(name) for name in skills.names]
-        self._priors = log_priors(skills, train)
         self._smoothing, self._tag_weight = smoothing, tag_weight
 
-    def split(self, hidden: Tensor, labels: Tensor, batch: Batch) -> Iterator[Part]:
-        """Yield a `Part` for each skill present, intents then tags."""
+    def split(self, hidden: Tensor, labels: Tensor, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Yield `(kind, logits (N, rows), targets (N,), batch rows (N,))` for each skill present, intents then tags."""
         skill = torch.from_numpy(batch.skill)
         answer = hidden[torch.arange(len(skill)), torch.from_numpy(batch.answer_at)]
         tag_at, tags = torch.from_numpy(batch.tag_at), torch.from_numpy(batch.tags)
         for index, (intents, tag_rows) in enumerate(zip(self._intents, self._tags, strict=True)):
             rows = (skill == index).nonzero()[:, 0]
             if len(rows):
-                gold = torch.from_numpy(batch.intent)[rows]
-                yield Part("intent", answer[rows] @ labels[intents].T, self._priors[index], gold, rows)
+                yield "intent", answer[rows] @ labels[intents].T, torch.from_numpy(batch.intent)[rows], rows
             mine = (skill[tag_at[:, 0]] == index).nonzero()[:, 0]
             if len(mine):
                 spots = tag_at[mine]
                 logits = hidden[spots[:, 0], spots[:, 1]] @ labels[tag_rows].T
-                yield Part("tag", logits, logits.new_zeros(()), tags[mine], spots[:, 0])
+                yield "tag", logits, tags[mine], spots[:, 0]
 
     def __call__(self, hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Mean over intents plus weighted mean over tags."""
         total = {"intent": hidden.new_zeros(()), "tag": hidden.new_zeros(())}
         count = {"intent": 0, "tag": 0}
-        for part in self.split(hidden, labels, batch):
-            total[part.kind] = total[part.kind] + part.told(self._smoothing).sum()
-            count[part.kind] += len(part.gold)
+        for kind, logits, targets, _ in self.split(hidden, labels, batch):
+            loss = F.cross_entropy(
+                logits, targets, reduction="sum", ignore_index=IGNORE, label_smoothing=self._smoothing
+            )
+            total[kind] = total[kind] + loss
+            count[kind] += len(targets)
         intent = total["intent"] / max(count["intent"], 1)
         return intent + self._tag_weight * total["tag"] / max(count["tag"], 1)
-
-
-def log_priors(skills: SkillSet, train: Iterable[Example]) -> list[Tensor]:
-    """Log of how often each intent (n_intents,) of each skill is trained on, against the skill's mean.
-
-    `out_of_scope` stays at zero, as do intents that were not counted: how common they are is made, not observed.
-    """
-    counts = Counter((example.skill, example.intent) for example in train)
-    priors = []
-    for skill in skills.skills:
-        seen = [counts[skill.name, i] for i in skill.intents if i != OUT_OF_SCOPE and counts[skill.name, i]]
-        mean = sum(seen) / max(len(seen), 1)
-        shares = [1.0 if i == OUT_OF_SCOPE else (counts[skill.name, i] or mean) / (mean or 1) for i in skill.intents]
-        priors.append(torch.tensor([math.log(share or 1.0) for share in shares]))
-    return priors
 
 
 class Trainer:

@@ -1,9 +1,10 @@
 """Read a frame out of label logits: which intent, which tag for each word. Pure numpy.
 
-The intent is the best row of the skill's block. `out_of_scope` has two ways to win: its own row, and a floor that
-every in-scope logit must clear ("maximum logit", Hendrycks et al. 2022, arXiv 1911.11132): a query like nothing in
-training has low logits everywhere. Tags are decoded by Viterbi over the transitions that BIO allows and the slots
-that the intent may carry.
+The intent is the best row of the skill's block, once what the model owes to how often it saw an intent in training is
+taken off ("logit adjustment", Menon et al. 2021, arXiv 2007.07314). `out_of_scope` has two ways to win: its own row,
+and a floor that every in-scope logit must clear ("maximum logit", Hendrycks et al. 2022, arXiv 1911.11132): a query
+like nothing in training has low logits everywhere. Tags are decoded by Viterbi over the transitions that BIO allows
+and the slots that the intent may carry.
 """
 
 from __future__ import annotations
@@ -32,37 +33,47 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """How readily a skill says `out_of_scope`: its logit becomes log(exp(own + bias) + exp(floor))."""
+class IntentRule:
+    """What is done to a skill's intent logits before the best one is chosen.
+
+    `prior` (n_intents,), or nothing, is subtracted; then the logit of `out_of_scope` becomes
+    log(exp(own + bias) + exp(floor)): how readily the skill says it.
+    """
 
     bias: float = 0.0
     floor: float = -math.inf
+    prior: tuple[float, ...] = ()
 
     @classmethod
-    def from_manifest(cls, calibration: Mapping[str, Any], skill: str) -> Reject:
-        """Read the skill's `reject` entry; none means the plain logits."""
-        entry = calibration.get(skill, {}).get("reject")
-        return cls(float(entry["bias"]), float(entry["floor"])) if entry else cls()
+    def from_manifest(cls, calibration: Mapping[str, Any], skill: str) -> IntentRule:
+        """Read the skill's `reject` and `prior` entries; none means the plain logits."""
+        entry = calibration.get(skill, {})
+        reject, prior = entry.get("reject", {}), entry.get("prior", ())
+        return cls(
+            float(reject.get("bias", 0.0)), float(reject.get("floor", -math.inf)), tuple(float(p) for p in prior)
+        )
 
 
-def intent(logits: Floats, skills: SkillSet, skill: str, reject: Reject = Reject()) -> Choice:
+def intent(logits: Floats, skills: SkillSet, skill: str, rule: IntentRule = IntentRule()) -> Choice:
     """Choose the intent of `skill` from the label logits (n_rows,) at `<answer>`."""
-    return choose_intent(logits[skills.intent_rows(skill)], skills[skill], reject)
+    return choose_intent(logits[skills.intent_rows(skill)], skills[skill], rule)
 
 
-def choose_intent(scores: Floats, skill: Skill, reject: Reject = Reject()) -> Choice:
+def choose_intent(scores: Floats, skill: Skill, rule: IntentRule = IntentRule()) -> Choice:
     """Choose from the logits (n_intents,) of the skill's own rows."""
-    log_probs = intent_log_probs(scores, skill, reject)
+    log_probs = intent_log_probs(scores, skill, rule)
     best = int(log_probs.argmax())
     return Choice(skill.intents[best], float(log_probs[best]), _margin(np.exp(log_probs), best))
 
 
-def intent_log_probs(scores: Floats, skill: Skill, reject: Reject = Reject()) -> NDArray[np.float64]:
-    """Log-probabilities (…, n_intents) after the reject rule; a skill without `out_of_scope` has none."""
+def intent_log_probs(scores: Floats, skill: Skill, rule: IntentRule = IntentRule()) -> NDArray[np.float64]:
+    """Log-probabilities (…, n_intents) after the rule; a skill without `out_of_scope` rejects nothing."""
     scores = np.array(scores, np.float64)
+    if rule.prior:
+        scores -= rule.prior
     if OUT_OF_SCOPE in skill.intents:
         row = skill.intents.index(OUT_OF_SCOPE)
-        scores[..., row] = np.logaddexp(scores[..., row] + reject.bias, reject.floor)
+        scores[..., row] = np.logaddexp(scores[..., row] + rule.bias, rule.floor)
     return log_softmax(scores)
 
 

@@ -76,10 +76,10 @@ class SkillReader:
             return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
 
     def _intent(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
-        reject = frames.Reject.from_manifest(self._calibration, skill.name)
+        rule = frames.IntentRule.from_manifest(self._calibration, skill.name)
 
         def choose(state: Floats) -> frames.Choice:
-            return frames.choose_intent(self._rows(skill) @ state, skill, reject)
+            return frames.choose_intent(self._rows(skill) @ state, skill, rule)
 
         if skill.slots or self._exit_threshold > 1:
             return choose(sequence.hidden(prompt.ids)[-1]), None
