@@ -57,7 +57,7 @@ class Level:
     error: float = 0.05
     delta: float = 0.05
     oos_share: float = 0.18
-    max_in_scope_loss: float = 0.001
+    max_in_scope_loss: float = 0.003
     cascade_loss: float = 0.001
 
 

@@ -24,7 +24,7 @@ from models.errors import DataError
 from models.skills import OUT_OF_SCOPE, Frame, Skill, SkillSet, slots_from_tags
 
 SPLITS = ("train", "validation", "test")
-BANKING_VALIDATION_SHARE = 0.05
+BANKING_VALIDATION_SHARE = 0.1
 OUTSIDE_VALIDATION_SHARE = 0.2
 OUTSIDE_FILE = Path(__file__).with_name("outside.txt")
 
@@ -85,7 +85,7 @@ def _snips(folder: Path, split: str) -> list[Example]:
 
 
 def _banking(folder: Path, split: str) -> list[Example]:
-    """BANKING77 publishes no validation split: a twentieth of train, chosen by digest, is held out."""
+    """BANKING77 publishes no validation split: a tenth of train, chosen by digest, is held out."""
     name = "test" if split == "test" else "train"
     with (folder / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         rows = [Example("banking", row["text"].strip(), row["category"]) for row in csv.DictReader(file)]
