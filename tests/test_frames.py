@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from models.build import grammar
 from models.build.datasets import skill_set
+from models.errors import ArtifactError
 from models.runtime import frames
 from models.runtime.confidence import Confidence, features
 from models.skills import OUT_OF_SCOPE
@@ -45,8 +46,10 @@ def test_the_prior_is_taken_off_before_the_choice() -> None:
     scores = np.zeros(len(DESK.intents))
     scores[0] = 1.0
     prior = (2.0, *[0.0] * (len(DESK.intents) - 1))
-    rule = frames.IntentRule.from_manifest({"desk": {"prior": list(prior)}}, "desk")
+    rule = frames.IntentRule.from_manifest({"desk": {"prior": list(prior)}}, DESK)
     assert rule.prior == prior
+    with pytest.raises(ArtifactError, match="'prior' has 1 values"):
+        frames.IntentRule.from_manifest({DESK.name: {"prior": [0.5]}}, DESK)
     assert frames.choose_intent(scores, DESK, rule).label == DESK.intents[1]
     assert frames.choose_intent(scores, DESK).label == DESK.intents[0]
 

@@ -113,7 +113,7 @@ def _calibrate_skill(
 
 
 def _rule(tier: LocalTier, skill: Skill) -> IntentRule:
-    return IntentRule.from_manifest(tier.card.calibration, skill.name)
+    return IntentRule.from_manifest(tier.card.calibration, skill)
 
 
 def _gguf(source: str, cache: Path, report: Report) -> GgufSource:

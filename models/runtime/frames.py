@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.errors import ArtifactError
 from models.skills import OUT_OF_SCOPE, OUTSIDE, Skill, SkillSet
 
 Floats = NDArray[np.floating[Any]]
@@ -45,10 +46,18 @@ class IntentRule:
     prior: tuple[float, ...] = ()
 
     @classmethod
-    def from_manifest(cls, calibration: Mapping[str, Any], skill: str) -> IntentRule:
-        """Read the skill's `reject` and `prior` entries; none means the plain logits."""
-        entry = calibration.get(skill, {})
+    def from_manifest(cls, calibration: Mapping[str, Any], skill: Skill) -> IntentRule:
+        """Read the skill's `reject` and `prior` entries; none means the plain logits.
+
+        Raises `ArtifactError` if the prior has not one value an intent.
+        """
+        entry = calibration.get(skill.name, {})
         reject, prior = entry.get("reject", {}), entry.get("prior", ())
+        if prior and len(prior) != len(skill.intents):
+            raise ArtifactError(
+                f"calibration of skill '{skill.name}': 'prior' has {len(prior)} values for {len(skill.intents)} "
+                "intents; calibrate the tier again"
+            )
         return cls(
             float(reject.get("bias", 0.0)), float(reject.get("floor", -math.inf)), tuple(float(p) for p in prior)
         )

@@ -34,7 +34,8 @@ class SkillReader:
         self.skills = skills
         self._decoder, self._tokenizer, self._exit_threshold = decoder, tokenizer, exit_threshold
         self._labels = artifact.labels()["labels"]
-        self._calibration = artifact.manifest.calibration
+        calibration = artifact.manifest.calibration
+        self._rules = {skill.name: frames.IntentRule.from_manifest(calibration, skill) for skill in skills.skills}
 
     def prompt(self, query: SkillQuery) -> SkillPrompt:
         """Encode a query; raises `PromptError` if it is empty, too long or of an unknown skill."""
@@ -76,7 +77,7 @@ class SkillReader:
             return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
 
     def _intent(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
-        rule = frames.IntentRule.from_manifest(self._calibration, skill.name)
+        rule = self._rules[skill.name]
 
         def choose(state: Floats) -> frames.Choice:
             return frames.choose_intent(self._rows(skill) @ state, skill, rule)
