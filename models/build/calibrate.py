@@ -25,6 +25,7 @@ FOLDS = 5
 CONVERGED = 1e-8
 LEAST_ANSWERS, LEAST_READINGS = 40, 100
 PRIOR_SHARES = (0.0, 0.5, 1.0)
+"""How much of the training prior may be taken off the logits; few, so that little can be fitted to chance."""
 START_SHARE = 0.3
 """Where testing starts, fixed before any data is seen: a device that keeps less than this is of no use."""
 
@@ -84,14 +85,10 @@ def weigh(readings: Sequence[Reading], oos_share: float) -> list[Reading]:
     return [replace(r, weight=factor) if r.target.intent == OUT_OF_SCOPE else r for r in readings]
 
 
-def fit_rule(readings: Sequence[Reading], skill: Skill, level: Level, prior: Sequence[float] = ()) -> frames.IntentRule:
-    """Fit the share of `prior` to take off, then how readily to reject."""
-    return fit_reject(readings, skill, level, fit_prior(readings, skill, prior))
-
-
 def fit_prior(readings: Sequence[Reading], skill: Skill, prior: Sequence[float]) -> tuple[float, ...]:
     """Pick the share of the training prior (n_intents,) that makes in-scope accuracy best with all intents as common.
 
+    Readings are taken to be drawn as the training set was, so each weighs the more the rarer its intent is there.
     Raises `DataError` if the prior has not one value an intent.
     """
     inside = [r for r in readings if r.target.intent != OUT_OF_SCOPE]
@@ -247,7 +244,7 @@ def calibrate(
         )
     judged = [replace(r, target=grade(r)) for r in readings] if grade else list(readings)
     weighed = weigh(judged, level.oos_share)
-    rule = fit_rule(weighed, skill, level, prior)
+    rule = fit_reject(weighed, skill, level, fit_prior(weighed, skill, prior))
     answers = [decode(r, skill, rule) for r in weighed]
     stages = {
         "final": len(FINAL_FEATURES) if skill.tags else len(FORECAST_FEATURES),

@@ -52,15 +52,13 @@ class IntentRule:
         Raises `ArtifactError` if the prior has not one value an intent.
         """
         entry = calibration.get(skill.name, {})
-        reject, prior = entry.get("reject", {}), entry.get("prior", ())
+        reject, prior = entry.get("reject"), tuple(float(p) for p in entry.get("prior", ()))
         if prior and len(prior) != len(skill.intents):
             raise ArtifactError(
                 f"calibration of skill '{skill.name}': 'prior' has {len(prior)} values for {len(skill.intents)} "
                 "intents; calibrate the tier again"
             )
-        return cls(
-            float(reject.get("bias", 0.0)), float(reject.get("floor", -math.inf)), tuple(float(p) for p in prior)
-        )
+        return cls(float(reject["bias"]), float(reject["floor"]), prior) if reject else cls(prior=prior)
 
 
 def intent(logits: Floats, skills: SkillSet, skill: str, rule: IntentRule = IntentRule()) -> Choice:
