@@ -42,6 +42,7 @@ class Row:
     oos_precision: float | None
     share_local: float | None
     ece: float | None
+    ece_floor: float | None
     p50_ms: float | None
     p95_ms: float | None
     p99_ms: float | None
@@ -67,6 +68,7 @@ def row(outcomes: Sequence[Outcome]) -> Row:
         oos_precision=share([o for o in outcomes if o.predicted == OUT_OF_SCOPE], lambda o: o.expected == OUT_OF_SCOPE),
         share_local=share(outcomes, lambda o: o.local),
         ece=ece(stated),
+        ece_floor=ece_floor([confidence for confidence, _ in stated]),
         p50_ms=percentile(latencies, 0.50),
         p95_ms=percentile(latencies, 0.95),
         p99_ms=percentile(latencies, 0.99),
@@ -111,6 +113,18 @@ def ece(stated: Sequence[tuple[float, bool]], bins: int = ECE_BINS) -> float | N
     gaps = [c - sum(found) / len(found) for c, found in sorted(rights.items()) for _ in found]
     n = len(gaps)
     return math.fsum(abs(math.fsum(gaps[i * n // bins : (i + 1) * n // bins])) for i in range(bins)) / n
+
+
+def ece_floor(confidences: Sequence[float], bins: int = ECE_BINS) -> float | None:
+    """The error `ece` is expected to show for confidences that are perfectly calibrated: what so few queries leave.
+
+    A bin's gap is then a sum of centred coin tosses, near normal, whose mean absolute value is √(2/π) of its spread.
+    """
+    if not confidences:
+        return None
+    spreads, n = [c * (1 - c) for c in sorted(confidences)], len(confidences)
+    variances = [math.fsum(spreads[i * n // bins : (i + 1) * n // bins]) for i in range(bins)]
+    return math.fsum(math.sqrt(2 / math.pi * variance) for variance in variances) / n
 
 
 def oracle(device: Outcome, edge: Outcome) -> Outcome:

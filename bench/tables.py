@@ -55,13 +55,13 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
     """Out-of-scope and calibration figures of each row."""
     table = Table(box=box.SIMPLE)
     table.add_column("")
-    for name in ("in scope %", "oos recall %", "oos precision %", "ECE"):
+    for name in ("in scope %", "oos recall %", "oos precision %", "ECE", "ECE floor"):
         table.add_column(name, justify="right")
     for name in ORDER:
         if name in rows:
             row = rows[name]
             shares = (row.in_scope_accuracy, row.oos_recall, row.oos_precision)
-            table.add_row(NAMES[name], *map(percent, shares), number(row.ece, 3))
+            table.add_row(NAMES[name], *map(percent, shares), number(row.ece, 3), number(row.ece_floor, 3))
     return table
 
 

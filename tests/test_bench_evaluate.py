@@ -83,6 +83,7 @@ def test_the_json_has_the_promised_names(client):
         "oos_precision",
         "share_local",
         "ece",
+        "ece_floor",
         "p50_ms",
         "p95_ms",
         "p99_ms",

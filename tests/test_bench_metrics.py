@@ -1,13 +1,14 @@
 """The figures: checked against small sums by hand, and by property."""
 
 import math
+import random
 import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.metrics import Outcome, ece, local_error, mean, oracle, percentile, row, trade_off
+from bench.metrics import Outcome, ece, ece_floor, local_error, mean, oracle, percentile, row, trade_off
 from bench.queries import OUT_OF_SCOPE
 
 floats = st.floats(min_value=0, max_value=1e6, allow_nan=False)
@@ -82,6 +83,19 @@ def test_calibration_error_by_hand():
     assert ece([(0.5, i % 2 == 0) for i in range(30)]) == pytest.approx(0)
     assert ece([(0.9, i % 2 == 0) for i in range(30)]) == pytest.approx(0.4)
     assert ece([]) is None
+
+
+@pytest.mark.parametrize("n", [60, 350, 3000])
+def test_the_floor_is_what_honest_confidences_show_on_average(n):
+    rng = random.Random(n)
+    confidences = [rng.uniform(0.5, 1) for _ in range(n)]
+    draws = [ece([(c, rng.random() < c) for c in confidences]) for _ in range(100)]
+    assert ece_floor(confidences) == pytest.approx(mean(draws), rel=0.1)
+
+
+def test_the_floor_of_certainty_is_nothing():
+    assert ece_floor([0.0, 1.0] * 40) == 0
+    assert ece_floor([]) is None
 
 
 def test_a_row_by_hand():
