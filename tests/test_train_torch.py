@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from models.artifact.shape import LlamaShape
 from models.build import grammar
 from models.build.folder_source import FolderSource, write_folder_source
 from models.build.tokenizers import byte_level_bpe
+from models.errors import DataError
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -110,22 +113,54 @@ def test_an_adapter_teaches_a_frozen_model_its_skills(source: FolderSource, adap
     assert accuracy(tmp_path / "edge") > 0.8
 
 
-def test_a_student_learns_from_the_teacher_and_runs_quantised(
-    source: FolderSource, adapter: Path, tmp_path: Path
-) -> None:
-    from models.build.assemble import build
-    from models.build.distil import DistilSettings, distil
-    from models.build.export import write_student
+def student_settings(**changes: Any) -> Any:
+    from models.build.distil import DistilSettings
     from models.build.training import Schedule
 
     shape = LlamaShape(**{**vars(SHAPE), "n_layers": 3})
     schedule = Schedule(epochs=8, learning_rate=5e-3, token_budget=600, warmup_steps=10)
-    settings = DistilSettings(vocab_size=400, shape=shape, exits=(1, 2), schedule=schedule, noise=0.0, dropout=0.0)
-    model, room = distil(source, TRAIN, adapter, tmp_path / "run", settings, quiet)
+    plain = DistilSettings(vocab_size=400, shape=shape, exits=(1, 2), schedule=schedule, noise=0.0, dropout=0.0)
+    return replace(plain, **changes)
+
+
+def test_a_student_learns_from_the_teacher_and_runs_quantised(
+    source: FolderSource, adapter: Path, tmp_path: Path
+) -> None:
+    from models.build.assemble import build
+    from models.build.distil import distil
+    from models.build.export import write_student
+
+    model, room = distil(source, TRAIN, adapter, tmp_path / "run", student_settings(), quiet)
     student = write_student(model, room.skills, room.tokenizer, tmp_path / "student")
     artifact = build(student, tmp_path / "device", "int8", None, quiet)
     assert artifact.manifest.exits == (1, 2)
     assert accuracy(tmp_path / "device") > 0.8
+
+
+def test_a_finished_twin_teaches_beside_the_edge(source: FolderSource, adapter: Path, tmp_path: Path) -> None:
+    """The same seed, so that only what the twin says can make the student another one."""
+    from models.build.distil import distil
+    from models.build.training import finished_weights
+
+    short = replace(student_settings().schedule, epochs=1)
+    distil(source, TRAIN, adapter, tmp_path / "twin", student_settings(taught=False, schedule=short), quiet)
+    alone, _ = distil(source, TRAIN, adapter, tmp_path / "alone", student_settings(schedule=short), quiet)
+    both, _ = distil(
+        source, TRAIN, adapter, tmp_path / "both", student_settings(schedule=short), quiet, tmp_path / "twin"
+    )
+    assert not torch.equal(alone.labels, both.labels)
+    with pytest.raises(DataError, match="finish that training first"):
+        finished_weights(tmp_path / "nowhere" / "checkpoint.pt")
+
+
+def test_a_committee_says_its_mean_probability() -> None:
+    from models.build.teach import Lesson, committee
+
+    sure, torn = np.log(np.array([0.9, 0.1], np.float16)), np.log(np.array([[0.5, 0.5], [0.2, 0.8]], np.float16))
+    other = np.log(np.array([0.3, 0.7], np.float16))
+    found = committee(Lesson({4: sure}, {4: torn}), Lesson({4: other}, {4: torn}))
+    assert np.exp(found.intents[4]) == pytest.approx([0.6, 0.4], abs=2e-3)
+    assert np.exp(found.tags[4]) == pytest.approx(np.exp(torn), abs=2e-3)
 
 
 def test_a_stopped_run_goes_on_to_the_same_adapter(source: FolderSource, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from models.build.power import EDGE_ENERGY
 from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder, Layer
-from models.build.training import LabelLoss, Schedule, Trainer
+from models.build.training import CHECKPOINT, LabelLoss, Schedule, Trainer
 from models.errors import DataError
 from models.skills import OUT_OF_SCOPE, SkillSet
 
@@ -84,7 +84,7 @@ def adapt(
     report: Report,
     start: Path | None = None,
 ) -> None:
-    """Train an adapter and write it to `out`; a stopped run goes on from `out/checkpoint.pt`.
+    """Train an adapter and write it to `out`; a stopped run goes on from its checkpoint in `out`.
 
     `start` is an adapter folder to begin with instead of fresh weights: a second, gentler course.
     """
@@ -103,7 +103,7 @@ def adapt(
         "start": hashlib.sha256((start / TENSORS).read_bytes()).hexdigest() if start else None,
     }
     total = sum(sum(1 for _ in data.epoch(e)) for e in range(settings.schedule.epochs))
-    trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
+    trainer = Trainer(model, settings.schedule, total, out / CHECKPOINT, identity)
     trainer.resume()
     loss = LabelLoss(skills, settings.smoothing)
     stream = (batch for e in range(settings.schedule.epochs) for batch in data.epoch(e))

@@ -2,11 +2,13 @@
 
 The loss is cross-entropy with the labels plus, where the teacher is right, the Kullback-Leibler divergence from its
 softened distribution (Hinton et al. 2015, arXiv 1503.02531), at the end and at each exit. The undistilled twin sees
-the same utterances for the same steps with the labels only.
+the same utterances for the same steps with the labels only; a finished one may teach beside the edge, since it knows
+other things (Furlanello et al. 2018, arXiv 1805.04770).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -27,9 +29,9 @@ from models.build.datasets import Example, foreign, skill_set
 from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.student import STUDENT_SHAPE, Student, projected_embedding
-from models.build.teach import Lesson, load_teacher, teach
+from models.build.teach import Lesson, committee, load_teacher, teach
 from models.build.tokenizers import cut_vocabulary
-from models.build.training import LabelLoss, Schedule, Trainer
+from models.build.training import CHECKPOINT, LabelLoss, Schedule, Trainer, finished_weights
 from models.skills import OUT_OF_SCOPE, SkillSet
 
 _SCHEDULE = Schedule(epochs=6, learning_rate=2e-3, token_budget=1600, warmup_steps=200, weight_decay=0.05)
@@ -167,29 +169,49 @@ def classroom(source: TensorSource, train: Sequence[Example], settings: DistilSe
 
 
 def lesson_for(room: Classroom, source: TensorSource, adapter: Path, cache: Path, report: Report) -> Lesson:
-    """The teacher's outputs for all utterances, kept in `cache` so that a stopped run goes on."""
+    """The edge's outputs for all utterances, kept in `cache` so that a stopped run goes on."""
     if cache.exists():
         kept = torch.load(cache, weights_only=False)
         return Lesson(kept["intents"], kept["tags"])
     encoder = Encoder(room.teacher_tokenizer, room.skills, source.shape.vocab_size)
     rows = [encoder.row(e, key) for key, e in enumerate(room.utterances)]
-    lesson = teach(load_teacher(source, room.skills, adapter), room.skills, rows, report)
+    edge = load_teacher(source, room.skills, adapter)
+    lesson = teach(edge, edge.labels, room.skills, rows, report)
     torch.save({"intents": lesson.intents, "tags": lesson.tags}, cache)
     return lesson
 
 
-def distil(
-    source: TensorSource, train: Sequence[Example], adapter: Path, out: Path, settings: DistilSettings, report: Report
-) -> tuple[Student, Classroom]:
-    """Train a device model (or its twin) and return it with its classroom; goes on from `out/checkpoint.pt`."""
+def beginner(source: TensorSource, room: Classroom, settings: DistilSettings) -> Student:
+    """A device model that has learnt nothing yet."""
     torch.manual_seed(settings.seed)
+    embedding = projected_embedding(source.tensor("token_embd.weight"), room.taken_ids, settings.shape.width)
+    return Student(settings.shape, settings.exits, room.skills.n_inputs, room.skills.n_rows, embedding)
+
+
+def distil(
+    source: TensorSource,
+    train: Sequence[Example],
+    adapter: Path,
+    out: Path,
+    settings: DistilSettings,
+    report: Report,
+    twin: Path | None = None,
+) -> tuple[Student, Classroom]:
+    """Train a device model (or its twin) and return it with its classroom; goes on from its checkpoint in `out`.
+
+    `twin` is the folder of a finished twin, which then teaches beside the edge.
+    """
     out.mkdir(parents=True, exist_ok=True)
     room = classroom(source, train, settings)
     lesson = lesson_for(room, source, adapter, out / "lesson.pt", report) if settings.taught else None
-    embedding = projected_embedding(source.tensor("token_embd.weight"), room.taken_ids, settings.shape.width)
-    model = Student(settings.shape, settings.exits, room.skills.n_inputs, room.skills.n_rows, embedding).train()
     encoder = Encoder(room.tokenizer, room.skills, len(room.taken_ids))
     data = Curriculum([encoder.row(e, k) for k, e in enumerate(room.utterances)], settings, len(room.taken_ids))
+    if lesson and twin:
+        peer = beginner(source, room, settings).eval()
+        peer.load_state_dict(finished_weights(twin / CHECKPOINT))
+        own = teach(lambda ids: peer(ids)[-1], peer.labels, room.skills, data.rows, report)
+        lesson = committee(lesson, own)
+    model = beginner(source, room, settings).train()
     epochs = settings.schedule.epochs
     total = sum(
         sum(1 for _ in batches(data.rows, settings.schedule.token_budget, random.Random(settings.seed * 1000 + e)))
@@ -199,8 +221,8 @@ def distil(
         "source": source.digest(),
         "settings": json.dumps(asdict(settings), sort_keys=True),
         "examples": len(train),
-    }
-    trainer = Trainer(model, settings.schedule, total, out / "checkpoint.pt", identity)
+    } | ({"twin": hashlib.sha256((twin / CHECKPOINT).read_bytes()).hexdigest()} if twin else {})
+    trainer = Trainer(model, settings.schedule, total, out / CHECKPOINT, identity)
     trainer.resume()
     loss = TaughtLoss(room.skills, lesson, settings)
     stream = (batch for e in range(epochs) for batch in data.epoch(e))

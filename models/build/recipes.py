@@ -44,16 +44,26 @@ def _lessons(data: Path) -> list[Example]:
 
 
 def distil_device(
-    source: str, cache: Path, data: Path, adapter: Path, out: Path, report: Report, *, taught: bool = True
+    source: str,
+    cache: Path,
+    data: Path,
+    adapter: Path,
+    out: Path,
+    report: Report,
+    *,
+    taught: bool = True,
+    twin: Path | None = None,
 ) -> Artifact:
-    """Train the device tier (or its undistilled twin) in `out`, and write its int8 artifact to `out/tier`."""
+    """Train the device tier (or its undistilled twin) in `out`, and write its int8 artifact to `out/tier`.
+
+    `twin` is the folder of a finished twin that teaches beside the edge.
+    """
     from models.build.assemble import build
     from models.build.distil import DistilSettings, distil
     from models.build.export import write_student
 
-    student, room = distil(
-        _gguf(source, cache, report), _lessons(data), adapter, out, DistilSettings(taught=taught), report
-    )
+    settings = DistilSettings(taught=taught)
+    student, room = distil(_gguf(source, cache, report), _lessons(data), adapter, out, settings, report, twin)
     folder = write_student(student, room.skills, room.tokenizer, out / "source")
     return build(folder, out / "tier", "int8", None, report)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,15 @@ from models.build.source import TensorSource
 from models.build.torch_llama import LabelDecoder
 from models.skills import SkillSet
 
+Logits = dict[int, NDArray[np.float16]]
+
 
 @dataclass(frozen=True)
 class Lesson:
     """Teacher logits for rows by key: `intents[key]` (n_intents,), `tags[key]` (n_words, n_tags) or empty, fp16."""
 
-    intents: dict[int, NDArray[np.float16]]
-    tags: dict[int, NDArray[np.float16]]
+    intents: Logits
+    tags: Logits
 
 
 def load_teacher(source: TensorSource, skills: SkillSet, adapter: Path) -> LabelDecoder:
@@ -52,17 +55,35 @@ def load_teacher(source: TensorSource, skills: SkillSet, adapter: Path) -> Label
 
 @torch.no_grad()
 def teach(
-    model: LabelDecoder, skills: SkillSet, rows: Sequence[Row], report: Report, token_budget: int = 1800
+    states: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    skills: SkillSet,
+    rows: Sequence[Row],
+    report: Report,
+    token_budget: int = 1800,
 ) -> Lesson:
-    """Run the teacher over rows; each row's `key` must be unique."""
+    """Run a teacher, ids (B, T) → `states` (B, T, C), over rows; each row's `key` must be unique."""
     lesson = Lesson({}, {})
     done = 0
     for batch in batches(rows, token_budget):
-        hidden = model(torch.from_numpy(batch.ids))
-        _collect(lesson, hidden, model.labels, skills, batch)
+        _collect(lesson, states(torch.from_numpy(batch.ids)), labels, skills, batch)
         done += len(batch.keys)
         report(done, len(rows), "teacher")
     return lesson
+
+
+def committee(first: Lesson, second: Lesson) -> Lesson:
+    """What two teachers of the same rows say together: the log of their mean probabilities."""
+
+    def both(ours: Logits, theirs: Logits) -> Logits:
+        return {key: _mean(values, theirs[key]) for key, values in ours.items()}
+
+    return Lesson(both(first.intents, second.intents), both(first.tags, second.tags))
+
+
+def _mean(ours: NDArray[np.float16], theirs: NDArray[np.float16]) -> NDArray[np.float16]:
+    logs = [F.log_softmax(torch.from_numpy(values.astype(np.float32)), -1) for values in (ours, theirs)]
+    return np.asarray((torch.logsumexp(torch.stack(logs), 0) - math.log(2)).numpy(), np.float16)
 
 
 def _collect(lesson: Lesson, hidden: Tensor, labels: Tensor, skills: SkillSet, batch: Batch) -> None:

@@ -18,6 +18,9 @@ from models.build.progress import Report
 from models.errors import DataError
 from models.skills import SkillSet
 
+CHECKPOINT = "checkpoint.pt"
+"""A run's file in its folder."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -66,6 +69,14 @@ class LabelLoss:
             count[kind] += len(targets)
         intent = total["intent"] / max(count["intent"], 1)
         return intent + self._tag_weight * total["tag"] / max(count["tag"], 1)
+
+
+def finished_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of a run that has ended; raises `DataError` if there is no checkpoint."""
+    if not checkpoint.is_file():
+        raise DataError(f"{checkpoint} is missing; finish that training first")
+    weights: dict[str, Tensor] = torch.load(checkpoint, weights_only=True)["model"]
+    return weights
 
 
 class Trainer:
