@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from models.artifact.keys import KeyWrapper
 from models.artifact.manifest import Manifest
 from models.artifact.names import FRAMES, PLAIN, graph_file
 from models.artifact.store import Artifact
@@ -153,12 +154,14 @@ class LocalTier:
         spin: bool = True,
         context: int = 2048,
         exit_threshold: float = NO_EXIT,
+        keys: KeyWrapper | None = None,
+        signer: bytes | None = None,
     ) -> LocalTier:
-        """Load an artifact; raises `ArtifactError`.
+        """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
         `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
         """
-        artifact = Artifact.open(path)
+        artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
         options = EngineOptions(threads=threads, spin=spin, context=context)
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
