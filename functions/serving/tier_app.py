@@ -14,7 +14,6 @@ from functions.serving.ask import Ask, Clocked
 from functions.serving.events import Events
 from functions.serving.lifecycle import Loading
 from functions.serving.replies import ModelEntry, ModelFacts
-from functions.serving.keys import forbid_core_dumps, open_keys
 from functions.serving.settings import KeySettings, TierConfig
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.tier_answer import Answerer
@@ -27,9 +26,13 @@ Load = Callable[[TierConfig], Tier]
 
 def local_loader(settings: KeySettings) -> Load:
     """Read the keys now, so that a bad one stops the start; return what loads the artifact into this process."""
+    if settings == KeySettings():
+        return lambda config: LocalTier.open(Path(config.model_path), config.name, config.threads)
+    # Only now: cryptography takes 9 MB, which a tier without keys spares.
+    from functions.serving.keys import forbid_core_dumps, open_keys
+
     keys = open_keys(settings)
-    if keys.wrapper:
-        forbid_core_dumps()
+    forbid_core_dumps()
 
     def load(config: TierConfig) -> Tier:
         path = Path(config.model_path)

@@ -232,7 +232,8 @@ def _range(manifest: Manifest, layers: range | None) -> range:
     if layers is None:
         return range(n_layers)
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= n_layers:
-        raise ArtifactError(f"layers {layers.start} to {layers.stop - 1} are not some of its layers 0 to {n_layers - 1}")
+        asked = f"{layers.start} to {layers.stop - 1}"
+        raise ArtifactError(f"layers {asked} are not some of its layers 0 to {n_layers - 1}")
     return layers
 
 

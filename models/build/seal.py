@@ -18,9 +18,7 @@ from models.errors import KeyUnavailableError, SealError
 from models.runtime.local import LocalTier
 
 
-def seal_artifact(
-    source: Artifact, out: Path, keys: KeyWrapper, signing_key: bytes | None, report: Report
-) -> Artifact:
+def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: bytes | None, report: Report) -> Artifact:
     """Write `source` sealed to `out`, whole or not at all, and return it opened.
 
     Raises `SealError` if it is sealed already, `ArtifactError` if it is altered or `out` is something else.

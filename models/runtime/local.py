@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.artifact.keys import KeyWrapper
 from models.artifact.manifest import Manifest
 from models.artifact.names import FRAMES, PLAIN, graph_file
 from models.artifact.store import Artifact
@@ -21,6 +21,9 @@ from models.runtime.decode import Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
 
 NO_EXIT = 2.0
 """An exit threshold that no probability reaches."""
