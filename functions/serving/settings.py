@@ -143,7 +143,12 @@ class KeySettings:
         named = [key for key, value in places.items() if value]
         if len(named) > 1:
             raise ConfigError(f"{named[0]} and {named[1]} are both set; the model's key comes from one place")
-        return cls(*places.values(), public_key=environment.text("MODEL_PUBLIC_KEY", ""))
+        return cls(
+            key_file=places["MODEL_KEY_FILE"],
+            key=places["MODEL_KEY"],
+            kms_key_id=places["MODEL_KMS_KEY_ID"],
+            public_key=environment.text("MODEL_PUBLIC_KEY", ""),
+        )
 
 
 @dataclass(frozen=True)
