@@ -126,6 +126,7 @@ def test_verify_checks_the_signature(sealed: Path, run: Run) -> None:
         ("edgecascade seal var/edge var/out --key-file .secrets/seal.key --kms-key-id x", "one place"),
         ("edgecascade verify var/edge --key-file .secrets/sign.pub", "edgecascade-sealing-key"),
         ("edgecascade keys .secrets", "not replaced"),
+        ("edgecascade keys .secrets/seal.key/more", "cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(sealed: Path, run: Run, line: str, word: str) -> None:

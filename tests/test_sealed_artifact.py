@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -121,6 +122,19 @@ def test_interrupted_sealing_leaves_nothing(plain: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         seal_artifact(Artifact.open(plain), tmp_path / "out", KEYS, None, stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_room_is_one_sentence_and_leaves_the_old(plain: Path, tmp_path: Path) -> None:
+    before = seal_artifact(Artifact.open(plain), tmp_path / "out", KEYS, None, quiet)
+
+    def full(done: int, _total: int, _text: str) -> None:
+        if done == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match="No space left"):
+        seal_artifact(Artifact.open(plain), tmp_path / "out", KEYS, None, full)
+    assert Artifact.open(tmp_path / "out", keys=KEYS) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_sealed_is_not_sealed_again(sealed: Path, tmp_path: Path) -> None:

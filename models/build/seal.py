@@ -14,14 +14,15 @@ from models.artifact.manifest import Manifest, Sealed
 from models.artifact.sealing import KEY_BYTES, NONCE_BYTES, Binding, seal
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.progress import Report
-from models.errors import KeyUnavailableError, SealError
+from models.errors import ArtifactError, KeyUnavailableError, SealError
 from models.runtime.local import LocalTier
 
 
 def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: bytes | None, report: Report) -> Artifact:
     """Write `source` sealed to `out`, whole or not at all, and return it opened.
 
-    Raises `SealError` if it is sealed already, `ArtifactError` if it is altered or `out` is something else.
+    Raises `SealError` if it is sealed already, `ArtifactError` if it is altered, or `out` something else or not to be
+    written.
     """
     manifest = source.manifest
     if manifest.sealed:
@@ -37,7 +38,10 @@ def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: by
         report(len(manifest.files), len(manifest.files), "")
         return replace(manifest, sealed=wrapped)
 
-    write_artifact(out, add_files, _signer(signing_key))
+    try:
+        write_artifact(out, add_files, _signer(signing_key))
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written ({error.strerror}); it is as it was") from error
     return Artifact.open(out, keys=keys)
 
 
@@ -48,7 +52,7 @@ def _signer(signing_key: bytes | None) -> Callable[[bytes], bytes] | None:
 def write_keys(folder: Path) -> list[Path]:
     """Make a sealing key, a signing key and its public key in `folder`; the first two for the owner's eyes only.
 
-    Raises `KeyUnavailableError` rather than replace a key.
+    Raises `KeyUnavailableError` rather than replace a key, and if they cannot be written.
     """
     signing_key = os.urandom(KEY_BYTES)
     made = {
@@ -59,10 +63,13 @@ def write_keys(folder: Path) -> list[Path]:
     there = next((folder / name for name in made if (folder / name).exists()), None)
     if there:
         raise KeyUnavailableError(f"{there} exists and is not replaced; name another folder")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, (text, mode) in made.items():
-        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(text + "\n")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, (text, mode) in made.items():
+            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+                file.write(text + "\n")
+    except OSError as error:
+        raise KeyUnavailableError(f"{folder} cannot be written ({error.strerror})") from error
     return [folder / name for name in made]
 
 
