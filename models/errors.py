@@ -3,6 +3,8 @@
     ModelError
     ├── SourceError      a model file or folder that cannot be read (missing, truncated, foreign)
     ├── ArtifactError    a tier on disk that is incomplete, altered or of another schema
+    │   └── SealError         sealed or signed, and not by whom or as it should be
+    ├── KeyUnavailableError   a key that cannot be read, or that its provider does not hand out
     ├── DataError        a data set, skill or label that is not what it should be
     └── PromptError      a prompt the model cannot take (`field` names the culprit)
         └── PromptTooLongError
@@ -21,6 +23,14 @@ class SourceError(ModelError):
 
 class ArtifactError(ModelError):
     """A tier artifact cannot be opened."""
+
+
+class SealError(ArtifactError):
+    """A seal or a signature does not hold."""
+
+
+class KeyUnavailableError(ModelError):
+    """There is no key to try; the message never holds one."""
 
 
 class DataError(ModelError):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 # Settings of the functions: a test must not see what the shell that runs it has set.
-_SETTINGS = ("CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "MAX_", "MODEL_PATH", "NODE_ID", "QUEUE_")
+_SETTINGS = ("CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "MAX_", "MODEL_", "NODE_ID", "QUEUE_")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from models.artifact.manifest import Energy, Manifest, parse_manifest
+from models.artifact.manifest import Energy, Manifest, Sealed, parse_manifest
 from models.artifact.names import MANIFEST, TOKENIZER, Span, file_of, spans
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.artifact.tensors import read_tensors
@@ -33,6 +34,7 @@ PLAIN_MANIFEST = Manifest(
     losses={"mean_kl": 0.1},
     made={"by": "a test"},
 )
+SEALED_MANIFEST = replace(PLAIN_MANIFEST, sealed=Sealed("local", "00ff", b"wrapped"))
 
 
 def fill(writer: ArtifactWriter) -> Manifest:
@@ -42,7 +44,8 @@ def fill(writer: ArtifactWriter) -> Manifest:
 
 
 def test_a_manifest_comes_back_as_it_was() -> None:
-    assert parse_manifest(PLAIN_MANIFEST.as_json()) == PLAIN_MANIFEST
+    for manifest in (PLAIN_MANIFEST, SEALED_MANIFEST):
+        assert parse_manifest(manifest.as_json()) == manifest
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -53,7 +56,20 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "wrong type": (lambda m: m.update(lm_head=1), "'lm_head' has the wrong type"),
     "bool for a number": (lambda m: m["architecture"].update(width=True), "'architecture.width' has the wrong type"),
     "not positive": (lambda m: m["architecture"].update(n_layers=0), "'architecture.n_layers' is not positive"),
-    "other schema": (lambda m: m.update(schema=2), "schema 2"),
+    "other schema": (lambda m: m.update(schema=1), "schema 1"),
+    "no word on sealing": (lambda m: m.pop("sealed"), "lacks the key 'sealed'"),
+    "sealed by half": (lambda m: m["sealed"].pop("key_id"), "lacks the key 'sealed.key_id'"),
+    "sealed and more": (lambda m: m["sealed"].update(chunk_bytes=1), "unknown key 'sealed.chunk_bytes'"),
+    "no provider": (lambda m: m["sealed"].update(provider="../x"), "'sealed'"),
+    "no key id": (lambda m: m["sealed"].update(key_id="a\nb"), "'sealed'"),
+    "wrapped key not base64": (lambda m: m["sealed"].update(wrapped_key="a?b="), "'sealed.wrapped_key'"),
+    "no wrapped key": (lambda m: m["sealed"].update(wrapped_key=""), "'sealed.wrapped_key'"),
+    "wrapped key beyond size": (lambda m: m["sealed"].update(wrapped_key="AAAA" * 4000), "'sealed.wrapped_key'"),
+    "a parent": (lambda m: m["files"].update({"..": {"sha256": "0" * 64, "size_bytes": 1}}), "files..."),
+    "files without end": (
+        lambda m: m["files"].update({f"f{n}": {"sha256": "0" * 64, "size_bytes": 1} for n in range(10_001)}),
+        "'files'",
+    ),
     "unknown quantisation": (lambda m: m.update(quantisation="int2"), "'int2'"),
     "exit outside": (lambda m: m.update(exits=[1, 3]), "'exits'"),
     "exits falling": (lambda m: m.update(exits=[2, 1]), "'exits'"),
@@ -66,7 +82,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_manifest_that_is_not_right_is_refused_by_name(change: str) -> None:
-    values = json.loads(PLAIN_MANIFEST.as_json())
+    values = json.loads(SEALED_MANIFEST.as_json())
     alter, word = CHANGES[change]
     alter(values)
     with pytest.raises(ArtifactError, match="manifest") as caught:

@@ -17,7 +17,21 @@ from click.testing import CliRunner
 import edgecascade
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["up", "ask", "eval", "build", "adapt", "distil", "calibrate", "demo", "bench load"]
+COMMANDS = [
+    "up",
+    "ask",
+    "eval",
+    "build",
+    "adapt",
+    "distil",
+    "calibrate",
+    "demo",
+    "bench load",
+    "bench seal",
+    "keys",
+    "seal",
+    "verify",
+]
 
 
 def completion(body):

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from models.artifact.keys import LocalKey
+from models.artifact.store import Artifact
 from models.build.assemble import build
 from models.build.fetch import GGUF_SHA256, MEMBER
 from models.build.gguf_source import GgufSource
 from models.build.hub_source import HubSource
+from models.build.seal import seal_artifact
 from models.build.verify import golden, golden_texts, report_golden
 from models.errors import DataError
 from tests.tiny_models import quiet
@@ -30,6 +33,9 @@ def test_stories260k_tells_its_stories(tmp_path: Path, quant: str) -> None:
     results = golden(tmp_path / "out", folder / "golden.json", threads=1)
     least = 1.0 if quant == "fp32" else 0.3
     assert all(r.same >= least * len(r.case.greedy_ids) for r in results)
+    keys = LocalKey(bytes(32))
+    seal_artifact(Artifact.open(tmp_path / "out"), tmp_path / "sealed", keys, None, quiet)
+    assert golden(tmp_path / "sealed", folder / "golden.json", threads=1, keys=keys) == results
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from models.artifact.keys import LocalKey, public_key_of
 from models.artifact.store import Artifact
 from models.build.assemble import build
 from models.build.folder_source import write_folder_source
 from models.build.gguf_source import GgufSource
+from models.build.seal import seal_artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime.local import LocalTier
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, Token
@@ -52,7 +54,15 @@ def device(device_path: Path) -> LocalTier:
     return LocalTier.open(device_path, "device", threads=1)
 
 
-@pytest.fixture(params=["edge", "device"])
+@pytest.fixture(scope="module")
+def sealed(edge_path: Path) -> LocalTier:
+    """The edge tier, sealed and signed."""
+    keys, signing_key = LocalKey(bytes(32)), bytes(32)
+    path = seal_artifact(Artifact.open(edge_path), edge_path.parent / "sealed", keys, signing_key, quiet).path
+    return LocalTier.open(path, "edge", threads=1, keys=keys, signer=public_key_of(signing_key))
+
+
+@pytest.fixture(params=["edge", "device", "sealed"])
 def tier(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found

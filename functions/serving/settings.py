@@ -18,13 +18,28 @@ COMMON_KEYS = (
     "DEADLINE_MS",
     "DEFAULT_SKILL",
 )
-TIER_KEYS = ("MODEL_PATH", "TIER_NAME", "THREADS")
+TIER_KEYS = (
+    "MODEL_PATH",
+    "MODEL_KEY_FILE",
+    "MODEL_KEY",
+    "MODEL_KMS_KEY_ID",
+    "MODEL_PUBLIC_KEY",
+    "TIER_NAME",
+    "THREADS",
+)
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
 # Read by other parts of the bundle that run in the same environment.
-FOREIGN_KEYS = ("EDGECASCADE_HOME", "EDGE_THREADS")
+FOREIGN_KEYS = (
+    "DEVICE_KEY_FILE",
+    "DEVICE_PUBLIC_KEY",
+    "EDGECASCADE_HOME",
+    "EDGE_KEY_FILE",
+    "EDGE_PUBLIC_KEY",
+    "EDGE_THREADS",
+)
 
 _OURS = re.compile(
-    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|MAX_BODY|MAX_INFLIGHT|MODEL_PATH|NODE_ID|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -110,12 +125,40 @@ class Common:
 
 
 @dataclass(frozen=True)
+class KeySettings:
+    """Where the key of a sealed artifact comes from, at most one place; and whose signature it must bear.
+
+    `key` is the key itself; `public_key` is a key or a file that holds one.
+    """
+
+    key_file: str = ""
+    key: str = field(default="", repr=False)
+    kms_key_id: str = ""
+    public_key: str = ""
+
+    @classmethod
+    def read(cls, environment: Environment) -> Self:
+        """Read the settings; raises `ConfigError` if the key is to come from two places."""
+        places = {key: environment.text(key, "") for key in ("MODEL_KEY_FILE", "MODEL_KEY", "MODEL_KMS_KEY_ID")}
+        named = [key for key, value in places.items() if value]
+        if len(named) > 1:
+            raise ConfigError(f"{named[0]} and {named[1]} are both set; the model's key comes from one place")
+        return cls(
+            key_file=places["MODEL_KEY_FILE"],
+            key=places["MODEL_KEY"],
+            kms_key_id=places["MODEL_KMS_KEY_ID"],
+            public_key=environment.text("MODEL_PUBLIC_KEY", ""),
+        )
+
+
+@dataclass(frozen=True)
 class TierConfig:
     """Settings of a function that holds a tier. `threads`: of the inference engine."""
 
     name: str
     model_path: str
     threads: int = 2
+    keys: KeySettings = KeySettings()
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -127,5 +170,6 @@ class TierConfig:
             name=environment.text("TIER_NAME", name),
             model_path=environment.text("MODEL_PATH"),
             threads=environment.integer("THREADS", cls.threads, 1, 256),
+            keys=KeySettings.read(environment),
             common=Common.read(environment, max_inflight=2),
         )

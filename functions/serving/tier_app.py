@@ -14,7 +14,7 @@ from functions.serving.ask import Ask, Clocked
 from functions.serving.events import Events
 from functions.serving.lifecycle import Loading
 from functions.serving.replies import ModelEntry, ModelFacts
-from functions.serving.settings import TierConfig
+from functions.serving.settings import KeySettings, TierConfig
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.tier_answer import Answerer
 from functions.serving.web import EXTENSION, Site, create_base
@@ -24,20 +24,33 @@ from models.runtime.tier import Tier
 Load = Callable[[TierConfig], Tier]
 
 
-def open_local(config: TierConfig) -> Tier:
-    """Load the artifact into this process."""
-    return LocalTier.open(Path(config.model_path), config.name, threads=config.threads)
+def local_loader(settings: KeySettings) -> Load:
+    """Read the keys now, so that a bad one stops the start; return what loads the artifact into this process."""
+    if settings == KeySettings():
+        return lambda config: LocalTier.open(Path(config.model_path), config.name, config.threads)
+    # Only now: cryptography takes 9 MB, which a tier without keys spares.
+    from functions.serving.keys import forbid_core_dumps, open_keys
+
+    keys = open_keys(settings)
+    forbid_core_dumps()
+
+    def load(config: TierConfig) -> Tier:
+        path = Path(config.model_path)
+        return LocalTier.open(path, config.name, config.threads, keys=keys.wrapper, signer=keys.signer)
+
+    return load
 
 
-def create_tier_server(name: str, load: Load = open_local) -> Flask:
+def create_tier_server(name: str, load: Load | None = None) -> Flask:
     """The app of a server's process: settings from the environment, drained on SIGTERM."""
     app = create_tier_app(TierConfig.from_environment(os.environ, name), load)
     drain_on_sigterm(app.extensions[EXTENSION].drain)
     return app
 
 
-def create_tier_app(config: TierConfig, load: Load = open_local) -> Flask:
+def create_tier_app(config: TierConfig, load: Load | None = None) -> Flask:
     """Wire the app and begin to load the tier; until it is there, answers are 503 with Retry-After."""
+    load = load or local_loader(config.keys)
     site = Site.create(config.name, config.common)
 
     def open_tier() -> Answerer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 from collections.abc import Mapping
@@ -13,10 +15,14 @@ from models.artifact.shape import LlamaShape
 from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
 
-SCHEMA = 1
+SCHEMA = 2
 QUANTISATIONS = ("int4", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PROVIDER = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_KEY_ID = re.compile(r"[\x21-\x7e]{1,512}")
+_WRAPPED_KEY_BYTES = 8192
+_N_FILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,23 @@ class FileEntry:
 
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Says that all files are sealed, and holds their data key, wrapped by a provider's key."""
+
+    provider: str
+    key_id: str
+    wrapped_key: bytes
+
+    def as_dict(self) -> dict[str, str]:
+        """Return it as it stands in the manifest."""
+        return {
+            "provider": self.provider,
+            "key_id": self.key_id,
+            "wrapped_key": base64.b64encode(self.wrapped_key).decode(),
+        }
 
 
 @dataclass(frozen=True)
@@ -56,7 +79,13 @@ class Manifest:
     energy: Energy = Energy()
     losses: Mapping[str, Any] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    sealed: Sealed | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def key_context(self) -> dict[str, str]:
+        """What the data key is for, to whoever wraps it."""
+        return {"model_id": self.model_id, "model_version": self.model_version}
 
     @property
     def chats(self) -> bool:
@@ -83,6 +112,7 @@ class Manifest:
             "energy": vars(self.energy),
             "losses": dict(self.losses),
             "made": dict(self.made),
+            "sealed": self.sealed.as_dict() if self.sealed else None,
             "files": {name: vars(entry) for name, entry in self.files.items()},
         }
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -115,6 +145,7 @@ def parse_manifest(text: str) -> Manifest:
         energy=Energy(energy.take("watts", float, int, type(None)), energy.take("source", str)),
         losses=top.take("losses", dict),
         made=top.take("made", dict),
+        sealed=_sealed(top.take("sealed", dict, type(None))),
         files=_files(top.take("files", dict)),
     )
     for keys in (top, model, energy):
@@ -170,7 +201,26 @@ def _skills(values: dict[str, Any] | None) -> SkillSet | None:
         raise ArtifactError(f"the manifest's 'skills' cannot be read: {error}") from error
 
 
+def _sealed(values: dict[str, Any] | None) -> Sealed | None:
+    if values is None:
+        return None
+    keys = _Keys("sealed.", values)
+    provider, key_id, encoded = (keys.take(key, str) for key in ("provider", "key_id", "wrapped_key"))
+    keys.finish()
+    try:
+        wrapped = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        wrapped = b""
+    if not _PROVIDER.fullmatch(provider) or not _KEY_ID.fullmatch(key_id):
+        raise ArtifactError("the manifest's 'sealed' names no key provider and key id")
+    if not 0 < len(wrapped) <= _WRAPPED_KEY_BYTES:
+        raise ArtifactError(f"the manifest's 'sealed.wrapped_key' is not base64 of 1 to {_WRAPPED_KEY_BYTES} bytes")
+    return Sealed(provider, key_id, wrapped)
+
+
 def _files(values: dict[str, Any]) -> dict[str, FileEntry]:
+    if len(values) > _N_FILES:
+        raise ArtifactError(f"the manifest's 'files' lists more than {_N_FILES}")
     files = {}
     for name, entry in values.items():
         keys = _Keys(f"files.{name}.", entry)

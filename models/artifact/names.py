@@ -10,6 +10,7 @@ where a block has an offset, `.shift` fp32 (K/32, N).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +21,9 @@ BLOCK = 32
 SITES = ("qkv", "out", "gate_up", "down")
 """The fused projections of a layer."""
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+MANIFEST, SIGNATURE, TOKENIZER = "manifest.json", "manifest.sig", "tokenizer.json"
 LABELS, HEAD, EMBEDDINGS = "labels.safetensors", "head.safetensors", "embeddings.safetensors"
+_LAYER_FILE = re.compile(r"(?:layer|adapter)-(\d{3,})\.safetensors")
 PLAIN, FRAMES = "plain", "frames"
 """Graph variants: the model as it is, and the model with its adapter beside the weights."""
 
@@ -49,6 +51,16 @@ def file_of(tensor: str) -> str:
     if group == "adapter":
         return adapter_file(int(rest.split(".")[0]))
     return EMBEDDINGS if group == "embeddings" else HEAD
+
+
+def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:
+    """Whether who runs some of the layers needs a file: the first embeds, the last has the head; `tied` shares them."""
+    first, last = 0 in layers, n_layers - 1 in layers
+    of_a_layer = _LAYER_FILE.fullmatch(file)
+    if of_a_layer:
+        return int(of_a_layer[1]) in layers
+    ends = {EMBEDDINGS: first, HEAD: last or (first and tied), LABELS: first or last}
+    return ends.get(file, True)
 
 
 @dataclass(frozen=True)

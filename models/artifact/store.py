@@ -5,41 +5,80 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save
 
+from models.artifact.files import fill, opened, read_small
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
-from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, TOKENIZER, file_of
+from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
 from models.artifact.tensors import Array, read_tensors
-from models.errors import ArtifactError
+from models.errors import ArtifactError, SealError
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
+
+_MANIFEST_BYTES, _SIGNATURE_BYTES = 16 << 20, 64
+_WEIGHTS_BYTES, _OTHER_BYTES = 16 << 30, 256 << 20
+"""The largest files that are read."""
+_PIECE_BYTES = 256 * 1024
+_READERS = 4
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An open artifact; each file's digest is checked when it is read."""
+    """An open artifact; each file's digest is checked when it is read, and its seal where there is one.
+
+    `layers` are those whose files may be read.
+    """
 
     path: Path
     manifest: Manifest
+    layers: range
+    _data_key: bytes | None = field(default=None, repr=False, compare=False)
+    _kept: dict[str, memoryview] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Artifact:
-        """Read the manifest; raises `ArtifactError` if it is absent or not valid."""
+    def open(
+        cls,
+        path: Path,
+        layers: range | None = None,
+        keys: KeyWrapper | None = None,
+        signer: bytes | None = None,
+    ) -> Artifact:
+        """Read the manifest; no other file is read before it is asked for.
+
+        With a `signer`, an Ed25519 public key, the manifest's signature is verified before anything is parsed. With
+        `keys` the artifact must be sealed; without, a sealed one opens, but none of its files can be read. `layers`
+        narrows it to the files that running these needs. Raises `ArtifactError` if it is absent or not valid,
+        `SealError` if a seal or signature does not hold, `KeyUnavailableError` if the keys are out of reach.
+        """
+        text = _manifest_bytes(path)
         try:
-            text = (path / MANIFEST).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(
-                f"{path} is not an artifact ({MANIFEST} cannot be read); make one with 'edgecascade build'"
-            ) from error
-        try:
-            return cls(path, parse_manifest(text))
+            if signer is not None:
+                _check_signature(path, text, signer)
+            manifest = parse_manifest(text.decode("utf-8"))
+            data_key = _data_key(manifest, keys) if keys else None
+            return cls(path, manifest, _range(manifest, layers), data_key)
         except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}") from error
+            raise type(error)(f"{path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{path} is not an artifact: its {MANIFEST} is not text") from error
+
+    def keeping(self) -> Artifact:
+        """Return the same artifact, which reads each file once and keeps its bytes for as long as it lives itself."""
+        return replace(self, _kept={})
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Names of the files that may be read."""
+        return [name for name in self.manifest.files if self._in_range(name)]
 
     def has(self, name: str) -> bool:
         """Whether the artifact lists the file."""
@@ -47,22 +86,16 @@ class Artifact:
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raises `ArtifactError` if it is absent or not what the manifest says."""
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise ArtifactError(f"{self.path} has no file '{name}'")
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{self.path / name} cannot be read; build the artifact again") from error
-        if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactError(
-                f"{self.path / name} was altered: its digest is not the manifest's; build the artifact again"
-            )
-        return data
+        return bytes(self._load(name))
 
-    def tensors(self, name: str) -> dict[str, Array]:
-        """Return all tensors of one file as read-only views on its bytes."""
-        return read_tensors(self.read(name), str(self.path / name))
+    def tensors(self, *names: str) -> dict[str, Array]:
+        """Return all tensors of some files, which are read in parallel, as read-only views on their bytes."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            loaded = list(pool.map(self._load, names)) if len(names) > 1 else [self._load(name) for name in names]
+        found: dict[str, Array] = {}
+        for name, data in zip(names, loaded, strict=True):
+            found |= read_tensors(data, str(self.path / name))
+        return found
 
     def tokenizer_json(self) -> str:
         """Return the text of the tokenizer."""
@@ -77,13 +110,131 @@ class Artifact:
         """Label head and added inputs in fp32, or nothing for a tier without skills."""
         return {k: v.astype(np.float32) for k, v in self.tensors(LABELS).items()} if self.has(LABELS) else {}
 
+    def fault(self, name: str) -> str | None:
+        """Read a file and say what is wrong with it, if anything; a seal only counts where the key was handed in."""
+        try:
+            self._read(name, unsealed=self._data_key is not None)
+        except ArtifactError as error:
+            return str(error)
+        return None
+
     def recalibrated(self, calibration: Mapping[str, Any]) -> Artifact:
-        """Write another calibration into the manifest, in one step, and return the artifact as it is then."""
+        """Write another calibration into the manifest, in one step, and return the artifact as it is then.
+
+        Raises `ArtifactError` for a signed one, whose signature would not hold any more.
+        """
+        if (self.path / SIGNATURE).exists():
+            raise ArtifactError(f"{self.path} is signed; calibrate the artifact it was sealed from, and seal that")
         changed = replace(self.manifest, calibration=calibration)
         part = self.path / f"{MANIFEST}.part"
         part.write_text(changed.as_json(), "utf-8")
         part.replace(self.path / MANIFEST)
-        return Artifact(self.path, changed)
+        return replace(self, manifest=changed)
+
+    def _in_range(self, name: str) -> bool:
+        return in_range(name, self.layers, self.manifest.architecture.n_layers, tied=not self.has(EMBEDDINGS))
+
+    def _load(self, name: str) -> memoryview:
+        """Return a file's bytes, unsealed."""
+        if self._kept is not None and name in self._kept:
+            return self._kept[name]
+        if self.manifest.sealed and self._data_key is None:
+            raise SealError(f"{self.path} is sealed, and no key was handed in")
+        data = self._read(name, unsealed=self.manifest.sealed is not None)
+        if self._kept is not None:
+            self._kept[name] = data
+        return data
+
+    def _read(self, name: str, *, unsealed: bool) -> memoryview:
+        """Read a file once, piece by piece: each is hashed and, if it is sealed, decrypted while it is in the cache."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise ArtifactError(f"{self.path} has no file '{name}'")
+        if not self._in_range(name):
+            first, last = self.layers.start, self.layers.stop - 1
+            raise ArtifactError(f"{self.path}: '{name}' is no part of layers {first} to {last}, which were opened")
+        path, digest = self.path / name, hashlib.sha256()
+        limit = _WEIGHTS_BYTES if name.endswith(".safetensors") else _OTHER_BYTES
+        try:
+            with opened(path, limit) as (file, size):
+                if size != entry.size_bytes:
+                    raise _altered(path, "its size is not the manifest's")
+
+                def hashed(piece: memoryview) -> None:
+                    fill(file, piece)
+                    digest.update(piece)
+
+                data = self._unsealed(hashed, name, size) if unsealed else _plain(hashed, size)
+        except SealError as error:
+            raise SealError(f"{path} cannot be unsealed: {error}") from error
+        except EOFError as error:
+            raise _altered(path, "it ended while it was read") from error
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}); build the artifact again") from error
+        if digest.hexdigest() != entry.sha256:
+            raise _altered(path, "its digest is not the manifest's")
+        return memoryview(data).toreadonly()
+
+    def _unsealed(self, read: Callable[[memoryview], None], name: str, size: int) -> bytearray:
+        from models.artifact.sealing import Binding, unseal  # cryptography is loaded for sealed artifacts only
+
+        binding = Binding(self.manifest.model_id, self.manifest.model_version, name)
+        return unseal(read, size, self._data_key or b"", binding)
+
+
+def _plain(read: Callable[[memoryview], None], size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    for at in range(0, size, _PIECE_BYTES):
+        read(view[at : at + _PIECE_BYTES])
+    return data
+
+
+def _altered(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"{path} was altered: {why}; build the artifact again")
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    try:
+        return read_small(path / MANIFEST, _MANIFEST_BYTES)
+    except (OSError, EOFError) as error:
+        raise ArtifactError(
+            f"{path} is not an artifact ({MANIFEST} cannot be read); make one with 'edgecascade build'"
+        ) from error
+
+
+def _check_signature(path: Path, manifest: bytes, signer: bytes) -> None:
+    from models.artifact.keys import check_signature
+
+    try:
+        signature = read_small(path / SIGNATURE, _SIGNATURE_BYTES)
+    except FileNotFoundError as error:
+        raise SealError(f"it is not signed ({SIGNATURE} is absent), and a signature is asked for") from error
+    except (OSError, EOFError) as error:
+        raise SealError(f"{SIGNATURE} cannot be read") from error
+    check_signature(manifest, signature, signer)
+
+
+def _data_key(manifest: Manifest, keys: KeyWrapper) -> bytes:
+    sealed = manifest.sealed
+    if sealed is None:
+        raise SealError("it is not sealed, and a key was handed in to open a sealed one")
+    if sealed.provider != keys.provider:
+        raise SealError(f"its key is wrapped by '{sealed.provider}', and the key handed in is of '{keys.provider}'")
+    try:
+        return keys.unwrap(sealed.wrapped_key, manifest.key_context)
+    except SealError as error:
+        raise SealError(f"its data key, wrapped by key {sealed.key_id}, cannot be unwrapped: {error}") from error
+
+
+def _range(manifest: Manifest, layers: range | None) -> range:
+    n_layers = manifest.architecture.n_layers
+    if layers is None:
+        return range(n_layers)
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= n_layers:
+        asked = f"{layers.start} to {layers.stop - 1}"
+        raise ArtifactError(f"layers {asked} are not some of its layers 0 to {n_layers - 1}")
+    return layers
 
 
 class ArtifactWriter:
@@ -93,7 +244,7 @@ class ArtifactWriter:
         self._folder = folder
         self._files: dict[str, FileEntry] = {}
 
-    def add_bytes(self, name: str, data: bytes) -> None:
+    def add_bytes(self, name: str, data: bytes | bytearray) -> None:
         """Write one file."""
         (self._folder / name).write_bytes(data)
         self._files[name] = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
@@ -110,9 +261,12 @@ class ArtifactWriter:
         for file, group in groups.items():
             self.add_tensors(file, group)
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, which lists all files added."""
-        (self._folder / MANIFEST).write_text(manifest.with_files(self._files).as_json(), "utf-8")
+    def finish(self, manifest: Manifest, sign: Callable[[bytes], bytes] | None) -> None:
+        """Write the manifest, which lists all files added, and its signature."""
+        text = manifest.with_files(self._files).as_json().encode()
+        (self._folder / MANIFEST).write_bytes(text)
+        if sign:
+            (self._folder / SIGNATURE).write_bytes(sign(text))
 
 
 @contextmanager
@@ -122,8 +276,10 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def write_artifact(path: Path, fill: Callable[[ArtifactWriter], Manifest]) -> Artifact:
-    """Write an artifact to `path`: `fill` adds the files and returns the manifest.
+def write_artifact(
+    path: Path, add_files: Callable[[ArtifactWriter], Manifest], sign: Callable[[bytes], bytes] | None = None
+) -> Artifact:
+    """Write an artifact to `path`: `add_files` adds the files and returns the manifest; `sign` signs its bytes.
 
     Everything lands in a folder beside `path` first, which then takes its place; whatever goes wrong before leaves
     `path` as it was. Refuses, with `ArtifactError`, to replace a folder that is no artifact.
@@ -134,7 +290,7 @@ def write_artifact(path: Path, fill: Callable[[ArtifactWriter], Manifest]) -> Ar
         fresh, old = folder / "new", folder / "old"
         fresh.mkdir()
         writer = ArtifactWriter(fresh)
-        writer.finish(fill(writer))
+        writer.finish(add_files(writer), sign)
         if path.exists():
             path.rename(old)
         try:

@@ -17,7 +17,7 @@ _KINDS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "U8": "|u1", "I8": "|i1", "I
 _HEADER_LIMIT_BYTES = 100_000_000
 
 
-def read_tensors(data: bytes, where: str) -> dict[str, Array]:
+def read_tensors(data: bytes | memoryview, where: str) -> dict[str, Array]:
     """Return read-only views on the tensors in `data`, bfloat16 widened to fp32; `ArtifactError` names `where`."""
     view = memoryview(data)
     start = 8 + int.from_bytes(view[:8], "little")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from models.artifact.keys import KeyWrapper
 from models.artifact.store import Artifact
 from models.errors import DataError
 from models.runtime.local import LocalTier
@@ -64,9 +65,9 @@ def golden_texts(path: Path) -> list[Sequence[int]]:
     return [(*case.prompt_ids, *case.greedy_ids) for case in golden_cases(path)]
 
 
-def golden(artifact: Path, path: Path, threads: int = 2) -> list[GoldenResult]:
-    """Decode every golden case greedily with the artifact."""
-    tier = LocalTier.open(artifact, "golden", threads)
+def golden(artifact: Path, path: Path, threads: int = 2, keys: KeyWrapper | None = None) -> list[GoldenResult]:
+    """Decode every golden case greedily with the artifact; `keys` open a sealed one."""
+    tier = LocalTier.open(artifact, "golden", threads, keys=keys)
     results = []
     for case in golden_cases(path):
         tokens = list(tier.generate(case.prompt, Limits(max_tokens=len(case.greedy_ids))))

@@ -5,6 +5,7 @@ Knows tokens as numbers only. T new tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,11 +51,8 @@ def segments(artifact: Artifact, variant: str) -> Iterator[Segment]:
     """Read the segments of a graph variant, one at a time."""
     m = artifact.manifest
     for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
-        weights: dict[str, Array] = {}
-        for layer in span.layers:
-            weights |= artifact.tensors(layer_file(layer))
-            if variant == FRAMES and artifact.has(adapter_file(layer)):
-                weights |= artifact.tensors(adapter_file(layer))
+        adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
+        weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
         if span.stop == m.architecture.n_layers:
             top = artifact.tensors(HEAD)
             weights |= top if span.head else {span.norm: top[span.norm]}
@@ -130,6 +128,8 @@ def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+    # Weights come from memory alone: a graph that names a file of weights is refused.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in part.weights.values()]
     try:
         settings.add_external_initializers(list(part.weights), values)

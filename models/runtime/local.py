@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,6 +21,9 @@ from models.runtime.decode import Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
 
 NO_EXIT = 2.0
 """An exit threshold that no probability reaches."""
@@ -153,12 +157,14 @@ class LocalTier:
         spin: bool = True,
         context: int = 2048,
         exit_threshold: float = NO_EXIT,
+        keys: KeyWrapper | None = None,
+        signer: bytes | None = None,
     ) -> LocalTier:
-        """Load an artifact; raises `ArtifactError`.
+        """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
         `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
         """
-        artifact = Artifact.open(path)
+        artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
         options = EngineOptions(threads=threads, spin=spin, context=context)
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())

@@ -1,0 +1,93 @@
+"""Seal an artifact: every file but the manifest under a fresh data key, the manifest signed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from models.artifact.keys import PUBLIC, SEALING, SIGNING, KeyWrapper, LocalKey, key_text, public_key_of, sign_manifest
+from models.artifact.manifest import Manifest, Sealed
+from models.artifact.sealing import KEY_BYTES, NONCE_BYTES, Binding, seal
+from models.artifact.store import Artifact, ArtifactWriter, write_artifact
+from models.build.progress import Report
+from models.errors import ArtifactError, KeyUnavailableError, SealError
+from models.runtime.local import LocalTier
+
+
+def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: bytes | None, report: Report) -> Artifact:
+    """Write `source` sealed to `out`, whole or not at all, and return it opened.
+
+    Raises `SealError` if it is sealed already, `ArtifactError` if it is altered, or `out` something else or not to be
+    written.
+    """
+    manifest = source.manifest
+    if manifest.sealed:
+        raise SealError(f"{source.path} is sealed already; seal the artifact that it was made from")
+    data_key = os.urandom(KEY_BYTES)
+    wrapped = Sealed(keys.provider, keys.key_id, keys.wrap(data_key, manifest.key_context))
+
+    def add_files(writer: ArtifactWriter) -> Manifest:
+        for number, name in enumerate(manifest.files):
+            report(number, len(manifest.files), name)
+            binding = Binding(manifest.model_id, manifest.model_version, name)
+            writer.add_bytes(name, seal(source.read(name), data_key, binding, os.urandom(NONCE_BYTES)))
+        report(len(manifest.files), len(manifest.files), "")
+        return replace(manifest, sealed=wrapped)
+
+    try:
+        write_artifact(out, add_files, _signer(signing_key))
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written ({error.strerror}); it is as it was") from error
+    return Artifact.open(out, keys=keys)
+
+
+def _signer(signing_key: bytes | None) -> Callable[[bytes], bytes] | None:
+    return None if signing_key is None else lambda manifest: sign_manifest(manifest, signing_key)
+
+
+def write_keys(folder: Path) -> list[Path]:
+    """Make a sealing key, a signing key and its public key in `folder`; the first two for the owner's eyes only.
+
+    Raises `KeyUnavailableError` rather than replace a key, and if they cannot be written.
+    """
+    signing_key = os.urandom(KEY_BYTES)
+    made = {
+        "seal.key": (key_text(SEALING, os.urandom(KEY_BYTES)), 0o600),
+        "sign.key": (key_text(SIGNING, signing_key), 0o600),
+        "sign.pub": (key_text(PUBLIC, public_key_of(signing_key)), 0o644),
+    }
+    there = next((folder / name for name in made if (folder / name).exists()), None)
+    if there:
+        raise KeyUnavailableError(f"{there} exists and is not replaced; name another folder")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, (text, mode) in made.items():
+            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+                file.write(text + "\n")
+    except OSError as error:
+        raise KeyUnavailableError(f"{folder} cannot be written ({error.strerror})") from error
+    return [folder / name for name in made]
+
+
+Work = Callable[[], object]
+
+
+@contextmanager
+def opening_pairs(path: Path, threads: int) -> Iterator[dict[str, tuple[Work, Work]]]:
+    """Seal a copy beside the tier, for the while, and yield what to time on both: (plain, sealed) by name."""
+    keys = LocalKey(os.urandom(KEY_BYTES))
+    source = Artifact.open(path)
+    weights = [name for name in source.files if name.endswith(".safetensors")]
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.resolve().parent) as folder:
+        sealed = seal_artifact(source, Path(folder) / "sealed", keys, None, lambda *_: None)
+        yield {
+            "reading all weights": (lambda: source.tensors(*weights), lambda: sealed.tensors(*weights)),
+            "opening the tier": (
+                lambda: LocalTier.open(path, "plain", threads),
+                lambda: LocalTier.open(sealed.path, "sealed", threads, keys=keys),
+            ),
+        }
