@@ -4,8 +4,9 @@
     ├── SourceError      a model file or folder that cannot be read (missing, truncated, foreign)
     ├── ArtifactError    a tier on disk that is incomplete, altered or of another schema
     ├── DataError        a data set, skill or label that is not what it should be
-    └── PromptError      a prompt the model cannot take (`field` names the culprit)
-        └── PromptTooLongError
+    ├── PromptError      a prompt the model cannot take (`field` names the culprit)
+    │   └── PromptTooLongError
+    └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
 """
@@ -37,3 +38,7 @@ class PromptError(ModelError):
 
 class PromptTooLongError(PromptError):
     """The prompt leaves no room for an answer in the model's context."""
+
+
+class AbandonedError(ModelError):
+    """Nobody waits for the answer any more; it was not finished."""
