@@ -26,7 +26,14 @@ Load = Callable[[TierConfig], Tier]
 
 def open_local(config: TierConfig) -> Tier:
     """Load the artifact into this process."""
-    return LocalTier.open(Path(config.model_path), config.name, threads=config.threads)
+    return LocalTier.open(
+        Path(config.model_path),
+        config.name,
+        threads=config.threads,
+        sequences=config.common.max_inflight,
+        prefix_cache_bytes=config.prefix_cache_bytes,
+        providers=config.providers,
+    )
 
 
 def create_tier_server(name: str, load: Load = open_local) -> Flask:
@@ -44,7 +51,9 @@ def create_tier_app(config: TierConfig, load: Load = open_local) -> Flask:
         return Answerer.of(load(config), config.common.node_id)
 
     def opened(answerer: Answerer) -> None:
-        site.metrics.expect(answerer.tier.card.model_version)
+        card = answerer.tier.card
+        site.metrics.expect(card.model_version)
+        site.metrics.watch(answerer.tier.stats, card.provider)
 
     loading = Loading(open_tier, site.drain, opened)
     app = create_base(site, loading)
@@ -80,5 +89,6 @@ class TierService:
             model_version=card.model_version,
             context=card.context,
             quantisation=card.quantisation,
+            execution_provider=card.provider,
         )
         return [ModelEntry(id=card.name, object="model", created=0, owned_by="edgecascade", edgecascade=facts)]

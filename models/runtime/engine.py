@@ -204,7 +204,9 @@ def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in part.weights.values()]
     try:
         settings.add_external_initializers(list(part.weights), values)
-        return ort.InferenceSession(part.graph, settings, providers=usable(options.providers, ort.get_available_providers()))
+        return ort.InferenceSession(
+            part.graph, settings, providers=usable(options.providers, ort.get_available_providers())
+        )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses layers {part.span.first} to {part.span.stop - 1}: {error}") from error
 
@@ -228,8 +230,8 @@ class _Stack:
         slots: range,
     ) -> None:
         self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
-        inputs = {"last_position": self._last_position, "total_length": self._total_length}
-        inputs |= dict(zip(("cos", "sin"), rotary, strict=True))
+        inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
+        inputs |= zip(("cos", "sin"), rotary, strict=True)
         self._bound = [_Bound(shape, span, session, inputs, memory, slots) for span, session in segments]
 
     def run(self, x: Floats, last_positions: Sequence[int]) -> Iterator[_Bound]:

@@ -16,7 +16,7 @@ FIRST_ROOM = 256
 
 
 class KeyValueMemory:
-    """An array (L, 2, S, H, R, D) that begins small and doubles, keeping what it holds, as slots and room are asked for.
+    """An array (L, 2, S, H, R, D) that begins small and doubles as slots and room are asked for, keeping what it holds.
 
     As one array, large allocations lie in huge pages where the system lends them (numpy asks for them), and a prefix
     is copied in one statement. One row more than there is room for takes what a sequence writes that sits out a pass.

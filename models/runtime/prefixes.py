@@ -30,7 +30,7 @@ class PrefixStats:
 
 
 class PrefixCache(Generic[Block]):
-    """Holds at most `capacity_bytes`; the blocks not used for longest go first, the end of a prefix before its beginning.
+    """Holds at most `capacity_bytes`; what was not used for longest goes first, a prefix from its end on.
 
     Not for two threads at once.
     """
