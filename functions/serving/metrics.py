@@ -105,7 +105,7 @@ class Metrics:
         return Histogram(f"edgecascade_{name}_seconds", text, _LABELS, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _TierCollector(Collector):
     """Turns a tier's own counts into series."""
 
