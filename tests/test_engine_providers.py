@@ -51,7 +51,9 @@ def test_openvino_gives_what_the_cpu_gives(tmp_path: Path) -> None:
         engine = _decoder(tmp_path, provider)
         assert engine.provider == provider
         with engine.sequence() as sequence:
-            found[provider] = np.stack([sequence.logits(ids[:4]), *(sequence.logits([i]).copy() for i in ids[4:])])
+            found[provider] = np.stack(
+                [sequence.logits(ids[:4]).copy(), *(sequence.logits([i]).copy() for i in ids[4:])]
+            )
     assert np.allclose(found["CPU"], found["OpenVINO"], atol=0.01 * np.abs(found["CPU"]).max())
 
 
