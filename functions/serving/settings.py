@@ -121,7 +121,7 @@ class Common:
 
 @dataclass(frozen=True)
 class TierConfig:
-    """Settings of a function that holds a tier. `threads`: of the engine; of `providers` the first that works is used."""
+    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used."""
 
     name: str
     model_path: str
