@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 _FIRST_LOOK = 1024
 """Candidates that are sorted at first; the nucleus seldom needs more."""
 _FEW = 4
-"""Up to so many of the best are found faster by a scan each than by a partition (49,152 logits: 15 against 300 µs)."""
+"""Up to so many of the best are found faster by a scan each than by a partition (49,152 logits: 12 against 308 µs)."""
 
 
 @dataclass(frozen=True)
