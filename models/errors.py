@@ -6,8 +6,9 @@
     │   └── SealError         sealed or signed, and not by whom or as it should be
     ├── KeyUnavailableError   a key that cannot be read, or that its provider does not hand out
     ├── DataError        a data set, skill or label that is not what it should be
-    └── PromptError      a prompt the model cannot take (`field` names the culprit)
-        └── PromptTooLongError
+    ├── PromptError      a prompt the model cannot take (`field` names the culprit)
+    │   └── PromptTooLongError
+    └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
 """
@@ -47,3 +48,7 @@ class PromptError(ModelError):
 
 class PromptTooLongError(PromptError):
     """The prompt leaves no room for an answer in the model's context."""
+
+
+class AbandonedError(ModelError):
+    """Nobody waits for the answer any more; it was not finished."""

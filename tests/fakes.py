@@ -22,7 +22,7 @@ from functions.dispatcher.config import DispatcherConfig
 from functions.serving.settings import Common, TierConfig
 from functions.serving.tier_app import create_tier_app, create_tier_server
 from models.errors import PromptError, PromptTooLongError
-from models.runtime.tier import Chat, Limits, Prompt, SkillQuery, TierCard, Token
+from models.runtime.tier import Chat, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.skills import OUT_OF_SCOPE, Skill, SkillSet
 
 SKILLS = SkillSet(
@@ -71,6 +71,7 @@ class FakeTier:
     closed: int = 0
     prompts: list[Prompt] = field(default_factory=list)
     limits: list[Limits] = field(default_factory=list)
+    counted: TierStats = field(default_factory=TierStats)
 
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self._words(prompt))
@@ -83,6 +84,9 @@ class FakeTier:
         self.prompts.append(prompt)
         self.limits.append(limits)
         return self._guarded(self._frame(prompt) if isinstance(prompt, SkillQuery) else self._chat(limits))
+
+    def stats(self) -> TierStats:
+        return self.counted
 
     def _guarded(self, tokens: Iterator[Token]) -> Iterator[Token]:
         try:

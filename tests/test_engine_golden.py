@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from models.build.fetch import GGUF_SHA256, MEMBER
 from models.build.gguf_source import GgufSource
 from models.build.hub_source import HubSource
 from models.build.seal import seal_artifact
-from models.build.verify import golden, golden_texts, report_golden
+from models.build.verify import GoldenCase, golden, golden_cases, golden_texts, report_golden
 from models.errors import DataError
+from models.runtime.local import LocalTier
+from models.runtime.tier import Limits
 from tests.tiny_models import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +41,35 @@ def test_stories260k_tells_its_stories(tmp_path: Path, quant: str) -> None:
     assert golden(tmp_path / "sealed", folder / "golden.json", threads=1, keys=keys) == results
 
 
+def told_together(artifact: Path, golden_path: Path, threads: int = 2) -> list[tuple[bool, bool]]:
+    """Whether each golden text comes out, four at a time, and its end once more when its beginning is in the cache."""
+    tier = LocalTier.open(artifact, "golden", threads, prefix_cache_bytes=1 << 28)
+    cases = golden_cases(golden_path)
+    assert tier._writer is not None
+    write = tier._writer.write
+
+    def same(case: GoldenCase, told: int = 0) -> bool:
+        left = case.greedy_ids[told:]
+        tokens = write((*case.prompt_ids, *case.greedy_ids[:told]), Limits(max_tokens=len(left)))
+        return tuple(token.id for token in tokens) == left
+
+    with ThreadPoolExecutor(4) as pool:
+        first = list(pool.map(same, cases))
+        again = list(pool.map(same, cases, [len(case.greedy_ids) * 3 // 4 for case in cases]))
+    stats = tier.stats()
+    assert stats.prefix_reused_tokens > 0
+    assert stats.pass_tokens > stats.passes, "no pass was shared"
+    return list(zip(first, again, strict=True))
+
+
+def test_stories260k_tells_them_together_and_from_the_cache(tmp_path: Path) -> None:
+    folder = DATA / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the model stories260k is absent")
+    build(HubSource(folder), tmp_path / "out", "fp32", None, quiet)
+    assert all(a and b for a, b in told_together(tmp_path / "out", folder / "golden.json", threads=1))
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> GgufSource:
     path = HOME / "cache" / Path(MEMBER).name
@@ -53,6 +85,12 @@ def test_smollm2_in_fp32_reproduces_all_golden_texts(smollm2: GgufSource, tmp_pa
     golden_path = DATA / "smollm2" / "golden.json"
     build(smollm2, tmp_path / "out", "fp32", None, quiet)
     assert "12 of 12 golden texts reproduced" in report_golden(tmp_path / "out", golden_path)
+
+
+@pytest.mark.slow
+def test_smollm2_in_fp32_reproduces_them_together_and_from_the_cache(smollm2: GgufSource, tmp_path: Path) -> None:
+    build(smollm2, tmp_path / "out", "fp32", None, quiet)
+    assert all(a and b for a, b in told_together(tmp_path / "out", DATA / "smollm2" / "golden.json"))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.serving.admission import Gate
-from functions.serving.errors import OverloadedError
+from functions.serving.errors import ClientLeftError, OverloadedError
 from tests.fakes import wait_until
 
 
@@ -55,6 +55,16 @@ def test_waiting_ends_with_the_deadline() -> None:
         pass
     assert (refused.value.status, refused.value.code) == (503, "deadline")
     assert gate.waiting == 0
+
+
+def test_a_caller_who_hangs_up_leaves_the_queue() -> None:
+    gate = Gate(1, 1)
+    with filled(gate, 1), pytest.raises(ClientLeftError), gate.admitted(inf, gone=lambda: True):
+        pass
+    assert (gate.inflight, gate.waiting) == (0, 0)
+    with pytest.raises(ClientLeftError), gate.admitted(inf, gone=lambda: True):
+        pass
+    assert gate.inflight == 0, "the place was given back"
 
 
 def test_who_waited_longest_is_next() -> None:

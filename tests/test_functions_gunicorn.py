@@ -147,6 +147,41 @@ def test_a_client_that_leaves_frees_its_place(edge: Server, stream: bool) -> Non
     assert reply.status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_hundred_clients_give_up_and_a_short_request_succeeds(edge: Server, stream: bool) -> None:
+    """Each asks for 5 s of tokens and leaves at once; none of them is worked for, or waited for, to the end."""
+    body = json.dumps(chat(500, stream=stream)).encode()
+    address = ("127.0.0.1", edge.client.base_url.port or 0)
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body))
+    for _ in range(200):
+        with socket.create_connection(address, timeout=20) as raw:
+            raw.sendall(head + body)
+    reply = None
+
+    def answered() -> bool:
+        nonlocal reply
+        reply = edge.client.post(CHAT, json=chat())
+        return reply.status_code == 200
+
+    wait_until(answered)
+    wait_until(lambda: _inflight(edge) == 0)
+
+
+def test_who_leaves_the_queue_is_not_worked_for(edge: Server) -> None:
+    address = ("127.0.0.1", edge.client.base_url.port or 0)
+    body = json.dumps(chat(500)).encode()
+    request = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body)) + body
+    with socket.create_connection(address) as working:
+        working.sendall(request)
+        wait_until(lambda: _inflight(edge) == 1)
+        with socket.create_connection(address) as waiting:
+            waiting.sendall(request)
+            wait_until(lambda: edge.client.get("/_/ready").status_code == 429)
+        wait_until(lambda: edge.client.get("/_/ready").status_code == 200)
+    wait_until(lambda: _inflight(edge) == 0)
+    assert 'code="client_left"' in edge.client.get("/metrics").text
+
+
 def _inflight(server: Server) -> float:
     lines = server.client.get("/metrics").text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith("edgecascade_inflight_requests{"))

@@ -15,6 +15,7 @@ URLS = {"DEVICE_URL": "http://127.0.0.1:1", "EDGE_URL": "https://gateway.example
 def test_a_tiers_defaults() -> None:
     config = TierConfig.from_environment({"MODEL_PATH": "models/tiers/device"}, "device")
     assert (config.name, config.model_path, config.threads) == ("device", "models/tiers/device", 2)
+    assert (config.prefix_cache_bytes, config.providers) == (32 << 20, ("CPU",))
     common = config.common
     assert (common.shard_id, common.max_body_bytes, common.default_skill) == ("whole", 1 << 20, "assistant")
 
@@ -100,6 +101,28 @@ def test_other_peoples_variables_are_let_alone(key: str) -> None:
     """Kubernetes announces Services, the watchdog has settings of its own, and the functions share an environment."""
     plain = DispatcherConfig.from_environment(URLS)
     assert DispatcherConfig.from_environment({**URLS, key: "http://10.0.0.1:8080"}) == plain
+
+
+def test_a_tiers_engine_can_be_set() -> None:
+    values = {"MODEL_PATH": "m", "THREADS": "4", "PREFIX_CACHE_MB": "0", "EXECUTION_PROVIDERS": "OpenVINO, CPU"}
+    config = TierConfig.from_environment(values, "edge")
+    assert (config.threads, config.prefix_cache_bytes, config.providers) == (4, 0, ("OpenVINO", "CPU"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("EXECUTION_PROVIDERS", "CPU,GPU"),
+        ("EXECUTION_PROVIDERS", "cpu"),
+        ("EXECUTION_PROVIDERS", "CPU,"),
+        ("EXECUTION_PROVIDER", "CPU"),
+        ("PREFIX_CACHE_MB", "-1"),
+        ("PREFIX_CACHE", "64"),
+    ],
+)
+def test_a_mistake_in_a_tiers_settings_is_named(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        TierConfig.from_environment({"MODEL_PATH": "m", key: value}, "edge")
 
 
 def test_a_tier_needs_a_model() -> None:

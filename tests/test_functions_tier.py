@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from functions.serving.ask import Ask, Clocked, Shape
 from functions.serving.events import End, Piece
 from functions.serving.settings import TierConfig
 from functions.serving.tier_answer import Answerer
 from functions.serving.tier_app import create_tier_app
-from models.errors import ArtifactError
+from models.errors import AbandonedError, ArtifactError
 from models.runtime.confidence import Confidence
-from models.runtime.tier import Chat, Completion, SkillQuery
+from models.runtime.tier import Chat, Completion, SkillQuery, TierStats
 from tests.fakes import FakeTier, card, read_sse, tier_app, user, wait_until
 
 
@@ -316,3 +318,44 @@ def test_a_malformed_calibration_stops_the_loading() -> None:
     client = loading_app(lambda _config: FakeTier(broken))
     wait_until(lambda: "failed" in client.get("/_/ready").json["reason"])
     assert client.get("/_/ready").status_code == 503
+
+
+def test_what_the_engine_counts_is_exported() -> None:
+    tier = FakeTier(card("edge", provider="OpenVINO"))
+    client = tier_app(tier).test_client()
+    tier.counted = TierStats(100, 64, 3, 2048, passes=10, pass_tokens=25)
+    samples = {s.name: s for f in text_string_to_metric_families(client.get("/metrics").text) for s in f.samples}
+    wanted = {
+        "prefix_asked_tokens_total": 100,
+        "prefix_reused_tokens_total": 64,
+        "prefix_evicted_blocks_total": 3,
+        "prefix_held_bytes": 2048,
+        "passes_total": 10,
+        "pass_tokens_total": 25,
+        "execution_provider": 1,
+    }
+    assert {name: samples[f"edgecascade_{name}"].value for name in wanted} == wanted
+    labels = samples["edgecascade_execution_provider"].labels
+    site = {"node_id": "node-7", "shard_id": "whole", "model_version": "edge-1"}
+    assert labels == {**site, "provider": "OpenVINO"}
+    assert client.get("/v1/models/edge").json["edgecascade"]["execution_provider"] == "OpenVINO"
+
+
+def test_the_deadline_and_the_socket_reach_the_engine(client: FlaskClient, edge: FakeTier) -> None:
+    before = time.monotonic()
+    client.post("/v1/chat/completions", json={"messages": user("hi")}, headers={"X-Deadline-Ms": "5000"})
+    chat(client, "play some music", skill="home", deadline_ms=60_000)
+    text, frame = edge.limits
+    assert before + 5 <= text.deadline <= time.monotonic() + 5
+    assert frame.deadline >= text.deadline + 40
+    assert text.gone is not None
+    assert not text.gone()
+
+
+def test_an_answer_that_nobody_waits_for_is_counted_and_not_logged_as_a_failure() -> None:
+    def left(_index: int) -> None:
+        raise AbandonedError("nobody waits for this answer any more")
+
+    client = tier_app(FakeTier(card("edge"), before_token=left)).test_client()
+    assert chat(client).status_code == 499
+    assert 'code="client_left"' in client.get("/metrics").text

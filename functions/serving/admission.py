@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from functions.serving.errors import OverloadedError
+from functions.serving.errors import ApiError, ClientLeftError, OverloadedError
 
 _RETRY_AFTER_S = 1
+_LOOK_EVERY_S = 0.1
+"""How often one who waits looks whether the caller is still there."""
 
 
 class Gate:
@@ -40,19 +42,21 @@ class Gate:
         return self._free == 0 and len(self._queue) >= self._queue_limit
 
     @contextmanager
-    def admitted(self, expires: float) -> Iterator[float]:
+    def admitted(self, expires: float, gone: Callable[[], bool] = lambda: False) -> Iterator[float]:
         """Hold a place while the block runs; gives the seconds it waited.
 
         `expires` is when, on the clock, waiting is of no more use. Raises `OverloadedError` when the queue is full
-        (at once) or the time is up.
+        (at once) or the time is up, and `ClientLeftError` once the caller is `gone`.
         """
-        waited_s = self._enter(expires)
+        waited_s = self._enter(expires, gone)
         try:
+            if gone():
+                raise ClientLeftError
             yield waited_s
         finally:
             self._leave()
 
-    def _enter(self, expires: float) -> float:
+    def _enter(self, expires: float, gone: Callable[[], bool]) -> float:
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -62,16 +66,21 @@ class Gate:
             turn = threading.Event()
             self._queue.append(turn)
         began = self._clock()
-        if turn.wait(min(max(0.0, expires - began), threading.TIMEOUT_MAX)):
-            return self._clock() - began
-        return self._give_up(turn, began)
+        error: ApiError = _overloaded(503, "the deadline passed while the request waited", "deadline")
+        while (left_s := expires - self._clock()) > 0:
+            if turn.wait(min(left_s, _LOOK_EVERY_S)):
+                return self._clock() - began
+            if gone():
+                error = ClientLeftError()
+                break
+        return self._give_up(turn, began, error)
 
-    def _give_up(self, turn: threading.Event, began: float) -> float:
+    def _give_up(self, turn: threading.Event, began: float, error: ApiError) -> float:
         with self._lock:
             if turn.is_set():  # handed over in the last moment
                 return self._clock() - began
             self._queue.remove(turn)
-        raise _overloaded(503, "the deadline passed while the request waited", "deadline")
+        raise error
 
     def _leave(self) -> None:
         with self._lock:

@@ -17,8 +17,6 @@ from functions.serving.events import End, Event, Events
 from functions.serving.replies import ModelEntry, ModelList
 from functions.serving.web import Site, log_failure
 
-_CLIENT_LEFT = 499
-
 
 class Service(Protocol):
     """What a function does once HTTP is out of the way."""
@@ -96,17 +94,16 @@ class _Desk:
         self._service.check(ask)
         granted = self._site.common.deadline_s if ask.deadline_s is None else ask.deadline_s
         expires = started + min(granted, self._site.common.deadline_s)
-        events = self._counted(self._admitted(ask, started, expires))
+        gone = _gone(request.environ)
+        events = self._counted(self._admitted(ask, started, expires, gone))
         if ask.stream:
-            return render.stream(ask, events, self._broke)
-        answer = render.collect(events, _gone(request.environ))
-        if answer is None:
-            return Response(status=_CLIENT_LEFT)
+            return render.stream(ask, events, gone, self._broke)
+        answer = render.collect(events, gone)
         return render.whole(ask, answer, as_text=ask.shape is Shape.INVOKE and as_text())
 
-    def _admitted(self, ask: Ask, started: float, expires: float) -> Iterator[Event]:
-        with self._site.gate.admitted(expires) as queued_s:
-            yield from self._service.events(ask, Clocked(started, expires, queued_s))
+    def _admitted(self, ask: Ask, started: float, expires: float, gone: Callable[[], bool]) -> Iterator[Event]:
+        with self._site.gate.admitted(expires, gone) as queued_s:
+            yield from self._service.events(ask, Clocked(started, expires, queued_s, gone))
 
     def _counted(self, events: Events) -> Iterator[Event]:
         for event in events:

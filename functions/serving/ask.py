@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -74,8 +75,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Clocked:
-    """When a request began, when it must be answered (both on the function's monotonic clock), how long it queued."""
+    """When a request began, when it must be answered (both on the function's monotonic clock), how long it queued.
+
+    `gone` tells whether the caller has hung up.
+    """
 
     started: float
     expires: float
     queued_s: float = 0.0
+    gone: Callable[[], bool] | None = None

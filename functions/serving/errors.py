@@ -3,7 +3,8 @@
     ApiError            status, message, field (`param`), code
     ├── RefusedError         4xx: the request is at fault; `param` names the field
     ├── OverloadedError      429/503 with Retry-After: not admitted, come back later
-    └── BrokenOffError     5xx: the answer could not be finished
+    ├── BrokenOffError     5xx: the answer could not be finished
+    └── ClientLeftError    499: nobody reads the answer any more; for the metrics only
 
 `models`' tree is translated once, in `from_prompt_error`; werkzeug's once, in `from_http`.
 """
@@ -59,6 +60,13 @@ class BrokenOffError(ApiError):
     """Admitted, and then something broke."""
 
     type = "server_error"
+
+
+class ClientLeftError(ApiError):
+    """The caller hung up; the reply goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client left", code="client_left")
 
 
 def from_prompt_error(error: PromptError, param: str | None) -> RefusedError:

@@ -5,11 +5,16 @@ Each app owns its registry, so several apps live in one process. Nothing is labe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from functions.serving.events import Report, Usage
+from models.runtime.tier import TierStats
 
 NO_VERSION = "none"
 # The target is 80 ms: the default buckets jump from 75 to 100.
@@ -54,6 +59,10 @@ class Metrics:
         for series in (self._total, *self._parts.values(), self._first_token, self._confidence):
             series.labels(**self._labels(model_version))
 
+    def watch(self, read: Callable[[], TierStats], provider: str) -> None:
+        """Show what a tier counts itself, as it stands when it is asked for, and the execution provider it runs on."""
+        self._registry.register(_TierCollector(read, self._labels(self._version), provider))
+
     def answered(self, report: Report, usage: Usage) -> None:
         """Count one answer."""
         labels = self._labels(report.model_version or NO_VERSION)
@@ -94,3 +103,36 @@ class Metrics:
     def _seconds(self, name: str, text: str) -> Histogram:
         options: dict[str, Any] = {"buckets": SECONDS, "registry": self._registry}
         return Histogram(f"edgecascade_{name}_seconds", text, _LABELS, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _TierCollector(Collector):
+    """Turns a tier's own counts into series."""
+
+    read: Callable[[], TierStats]
+    labels: dict[str, str]
+    provider: str
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the tier now."""
+        stats = self.read()
+        yield self._counter(
+            "prefix_asked_tokens", "Prompt tokens looked up in the prefix cache.", stats.prefix_asked_tokens
+        )
+        yield self._counter("prefix_reused_tokens", "Prompt tokens found there.", stats.prefix_reused_tokens)
+        yield self._counter("prefix_evicted_blocks", "Blocks it threw out.", stats.prefix_evicted_blocks)
+        yield self._gauge("prefix_held_bytes", "What it holds.", stats.prefix_held_bytes)
+        yield self._counter("passes", "Forward passes of single tokens.", stats.passes)
+        yield self._counter("pass_tokens", "Tokens in them; more than one each where answers share.", stats.pass_tokens)
+        yield self._gauge("execution_provider", "1 for the one in use.", 1, provider=self.provider)
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float, **more: str) -> Metric:
+        labels = {**self.labels, **more}
+        family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family

@@ -14,7 +14,7 @@ from typing import Any, cast
 from flask import Response
 
 from functions.serving.ask import Ask, Shape
-from functions.serving.errors import ApiError, BrokenOffError
+from functions.serving.errors import ApiError, BrokenOffError, ClientLeftError
 from functions.serving.events import End, Event, Events, Logprob, Piece, Report, Start, Usage
 from functions.serving.replies import (
     AssistantMessage,
@@ -48,8 +48,8 @@ class Whole:
     end: End
 
 
-def collect(events: Events, gone: Callable[[], bool]) -> Whole | None:
-    """Read all events; None, with the events closed, as soon as `gone` says that nobody waits any more."""
+def collect(events: Events, gone: Callable[[], bool]) -> Whole:
+    """Read all events; raises `ClientLeftError`, with the events closed, once `gone` says that nobody waits."""
     with closing(cast("Any", events)):
         first = next(events)
         assert isinstance(first, Start), "an answer begins with Start"  # noqa: S101  # a bug, not bad input
@@ -61,7 +61,7 @@ def collect(events: Events, gone: Callable[[], bool]) -> Whole | None:
             elif isinstance(event, End):
                 return Whole(first, "".join(text), logprobs, event)
             if gone():
-                return None
+                raise ClientLeftError
     raise BrokenOffError(500, "the answer broke off", code="broken_off")
 
 
@@ -74,12 +74,12 @@ def whole(ask: Ask, answer: Whole, *, as_text: bool) -> Response:
     return Response(body.json_text(), mimetype="application/json", headers=headers)
 
 
-def stream(ask: Ask, events: Events, failed: Failed) -> Response:
+def stream(ask: Ask, events: Events, gone: Callable[[], bool], failed: Failed) -> Response:
     """The reply to a request that streams. Errors before the first event are raised, later ones become an event."""
     first = next(events)
     assert isinstance(first, Start), "an answer begins with Start"  # noqa: S101  # a bug, not bad input
     writer = _Writer(ask, first.model)
-    lines = _server_sent(writer, events, failed)
+    lines = _server_sent(writer, events, gone, failed)
     response = Response(chain([writer.opening()], lines), mimetype=EVENT_STREAM)
     response.headers.update({**_STREAM_HEADERS, **first.report.headers()})
     # A generator that was not begun runs no `finally`: close the events themselves.
@@ -87,9 +87,11 @@ def stream(ask: Ask, events: Events, failed: Failed) -> Response:
     return response
 
 
-def _server_sent(writer: _Writer, events: Events, failed: Failed) -> Iterator[str]:
+def _server_sent(writer: _Writer, events: Events, gone: Callable[[], bool], failed: Failed) -> Iterator[str]:
     try:
         for event in events:
+            if gone():  # the first write after the client left still succeeds
+                raise ClientLeftError  # noqa: TRY301  # told and counted like any other end
             yield from writer.lines(event)
     except Exception as error:  # noqa: BLE001  # the status line is out: tell the client in the stream
         failed(error)

@@ -170,6 +170,7 @@ class ModelFacts(Reply):
     model_version: str
     context: int | None
     quantisation: str | None
+    execution_provider: str | None = None
 
 
 class ModelEntry(Reply):

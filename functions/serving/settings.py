@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
+
+from models.runtime.providers import CPU, PROVIDERS
 
 COMMON_KEYS = (
     "NODE_ID",
@@ -26,6 +28,8 @@ TIER_KEYS = (
     "MODEL_PUBLIC_KEY",
     "TIER_NAME",
     "THREADS",
+    "PREFIX_CACHE_MB",
+    "EXECUTION_PROVIDERS",
 )
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
 # Read by other parts of the bundle that run in the same environment.
@@ -33,13 +37,16 @@ FOREIGN_KEYS = (
     "DEVICE_KEY_FILE",
     "DEVICE_PUBLIC_KEY",
     "EDGECASCADE_HOME",
+    "EDGE_EXECUTION_PROVIDERS",
     "EDGE_KEY_FILE",
+    "EDGE_PREFIX_CACHE_MB",
     "EDGE_PUBLIC_KEY",
     "EDGE_THREADS",
 )
 
 _OURS = re.compile(
-    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXECUTION_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)"
+    r"|NODE_ID|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -84,6 +91,14 @@ class Environment:
         if math.isnan(value) or not low <= value <= high:
             raise ConfigError(f"{key} is {value}; it must be {kind} from {low} to {high}")
         return value
+
+    def choices(self, key: str, default: tuple[str, ...], known: Collection[str]) -> tuple[str, ...]:
+        """Names out of `known`, separated by commas, in the order given."""
+        names = tuple(name.strip() for name in self.text(key, ",".join(default)).split(","))
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise ConfigError(f"{key} names '{unknown}'; known are {', '.join(known)}, separated by commas")
+        return names
 
     def address(self, key: str) -> str:
         """An http(s) address without user, query or closing slash; errors do not repeat it."""
@@ -153,12 +168,14 @@ class KeySettings:
 
 @dataclass(frozen=True)
 class TierConfig:
-    """Settings of a function that holds a tier. `threads`: of the inference engine."""
+    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used."""
 
     name: str
     model_path: str
     threads: int = 2
     keys: KeySettings = KeySettings()
+    prefix_cache_bytes: int = 32 << 20
+    providers: tuple[str, ...] = (CPU,)
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -171,5 +188,7 @@ class TierConfig:
             model_path=environment.text("MODEL_PATH"),
             threads=environment.integer("THREADS", cls.threads, 1, 256),
             keys=KeySettings.read(environment),
+            prefix_cache_bytes=environment.integer("PREFIX_CACHE_MB", cls.prefix_cache_bytes >> 20, 0, 1 << 20) << 20,
+            providers=environment.choices("EXECUTION_PROVIDERS", cls.providers, PROVIDERS),
             common=Common.read(environment, max_inflight=2),
         )

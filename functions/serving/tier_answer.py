@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from functions.serving.ask import CHAT, Ask, Clocked, Shape
-from functions.serving.errors import BrokenOffError, RefusedError, from_prompt_error
+from functions.serving.errors import BrokenOffError, ClientLeftError, RefusedError, from_prompt_error
 from functions.serving.events import End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
-from models.errors import PromptError
+from models.errors import AbandonedError, PromptError
 from models.runtime.confidence import Confidence
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, TierCard, Token
 
@@ -57,7 +57,7 @@ class Answerer:
         """Decode until the tier or the deadline ends it. `PromptError`s come before the first event."""
         prompt = _prompt(ask)
         decode = _Decode(began=self.clock())
-        with closing(self._tokens(ask, prompt)) as tokens:
+        with closing(self._tokens(ask, prompt, clocked)) as tokens:
             for token in tokens:
                 decode.add(token, self.clock())
                 if len(decode.tokens) == 1:
@@ -68,10 +68,10 @@ class Answerer:
                     break
         yield from self._ending(ask, clocked, decode, prompt)
 
-    def _tokens(self, ask: Ask, prompt: Prompt) -> Generator[Token, None, None]:
+    def _tokens(self, ask: Ask, prompt: Prompt, clocked: Clocked) -> Generator[Token, None, None]:
         """The tier's tokens, at least one; its complaints in the caller's words. Closing it frees the tier."""
         try:
-            tokens = self.tier.generate(prompt, _limits(ask, self.tier.card))
+            tokens = self.tier.generate(prompt, _limits(ask, self.tier.card, clocked))
             with closing(cast("Any", tokens)):
                 first = next(tokens, None)
                 if first is None:
@@ -80,6 +80,8 @@ class Answerer:
                 yield from tokens
         except PromptError as error:
             raise from_prompt_error(error, ask.field(error.field)) from error
+        except AbandonedError as error:
+            raise ClientLeftError from error
 
     def _ending(self, ask: Ask, clocked: Clocked, decode: _Decode, prompt: Prompt) -> Iterator[Event]:
         frame = None
@@ -156,18 +158,19 @@ def _prompt(ask: Ask) -> Prompt:
     return Chat(tuple({"role": message.role, "content": message.content} for message in ask.messages))
 
 
-def _limits(ask: Ask, card: TierCard) -> Limits:
+def _limits(ask: Ask, card: TierCard, clocked: Clocked) -> Limits:
     """How to decode. A frame is as long as its utterance and always the best one: sampling does not apply to it."""
     sampling = ask.sampling
+    limits = Limits(top_logprobs=sampling.top_logprobs or 0, deadline=clocked.expires, gone=clocked.gone)
     if ask.skill != CHAT:
-        return Limits(max_tokens=card.context, top_logprobs=sampling.top_logprobs or 0)
-    return Limits(
+        return replace(limits, max_tokens=card.context)
+    return replace(
+        limits,
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
         stop=sampling.stop,
-        top_logprobs=sampling.top_logprobs or 0,
     )
 
 

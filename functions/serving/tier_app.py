@@ -26,17 +26,26 @@ Load = Callable[[TierConfig], Tier]
 
 def local_loader(settings: KeySettings) -> Load:
     """Read the keys now, so that a bad one stops the start; return what loads the artifact into this process."""
-    if settings == KeySettings():
-        return lambda config: LocalTier.open(Path(config.model_path), config.name, config.threads)
-    # Only now: cryptography takes 9 MB, which a tier without keys spares.
-    from functions.serving.keys import forbid_core_dumps, open_keys
+    wrapper, signer = None, None
+    if settings != KeySettings():
+        # Only now: cryptography takes 9 MB, which a tier without keys spares.
+        from functions.serving.keys import forbid_core_dumps, open_keys
 
-    keys = open_keys(settings)
-    forbid_core_dumps()
+        keys = open_keys(settings)
+        wrapper, signer = keys.wrapper, keys.signer
+        forbid_core_dumps()
 
     def load(config: TierConfig) -> Tier:
-        path = Path(config.model_path)
-        return LocalTier.open(path, config.name, config.threads, keys=keys.wrapper, signer=keys.signer)
+        return LocalTier.open(
+            Path(config.model_path),
+            config.name,
+            threads=config.threads,
+            sequences=config.common.max_inflight,
+            prefix_cache_bytes=config.prefix_cache_bytes,
+            providers=config.providers,
+            keys=wrapper,
+            signer=signer,
+        )
 
     return load
 
@@ -57,7 +66,9 @@ def create_tier_app(config: TierConfig, load: Load | None = None) -> Flask:
         return Answerer.of(load(config), config.common.node_id)
 
     def opened(answerer: Answerer) -> None:
-        site.metrics.expect(answerer.tier.card.model_version)
+        card = answerer.tier.card
+        site.metrics.expect(card.model_version)
+        site.metrics.watch(answerer.tier.stats, card.provider)
 
     loading = Loading(open_tier, site.drain, opened)
     app = create_base(site, loading)
@@ -93,5 +104,6 @@ class TierService:
             model_version=card.model_version,
             context=card.context,
             quantisation=card.quantisation,
+            execution_provider=card.provider,
         )
         return [ModelEntry(id=card.name, object="model", created=0, owned_by="edgecascade", edgecascade=facts)]

@@ -19,7 +19,7 @@ from models.build.progress import Report
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
-BUILDER = 1
+BUILDER = 2
 """Raised whenever the same source would give another artifact: cached builds are then made again."""
 
 

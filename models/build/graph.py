@@ -1,7 +1,8 @@
 """Assemble a Llama decoder as an ONNX graph without weights.
 
-The graph reads fp32 embeddings `x` (1, T, C) and extends static key-value buffers in place; it gives `hidden`
-(1, T, C), normalised, and, if it has the vocabulary head, `logits` of the last position. A span that does not end the
+The graph reads fp32 embeddings `x` (B, T, C) of B sequences and extends static key-value buffers in place; it gives
+`hidden` (B, T, C), normalised, and, if it has the vocabulary head, `logits` of the last position. Each sequence has a
+`last_position` of its own. onnxruntime's attention takes B > 1 for T = 1 only. A span that does not end the
 model hands its residual stream on as `carried`. Weights are initializers named as in `models.artifact.names`, to be
 handed in when a session is made.
 """
@@ -131,7 +132,7 @@ class _Builder:
         rotated = [
             self.node(
                 "RotaryEmbedding",
-                [f"{at}.{p}", self._start(), "cos", "sin"],
+                [f"{at}.{p}", self._positions(), "cos", "sin"],
                 [f"{at}.{p}_rotated"],
                 CONTRIB,
                 num_heads=h,
@@ -140,13 +141,18 @@ class _Builder:
         ]
         return [*rotated, f"{at}.v"]
 
-    def _start(self) -> str:
-        """Position of the first token of this call (1,)."""
-        if not any("start" in node.output for node in self._nodes):
-            total = self.node("Cast", ["total_length"], ["total"], to=TensorProto.INT64)
-            count = self.node("Shape", ["x"], ["n_tokens"], start=1, end=2)
-            self.node("Sub", [total, count], ["start"])
-        return "start"
+    def _positions(self) -> str:
+        """Position of each new token (B, T): the last one's, less how many come after it."""
+        if not any("positions" in node.output for node in self._nodes):
+            self._constants["one"] = helper.make_tensor("one", TensorProto.INT64, [], [1])
+            self.node("Cast", ["last_position"], ["last_index"], to=TensorProto.INT64)
+            self.node("Unsqueeze", ["last_index", self.constant("last_axis", [-1])], ["last_of_each"])
+            self.node("Shape", ["x"], ["lengths"], start=1, end=2)
+            self.node("Squeeze", ["lengths"], ["n_tokens"])
+            self.node("Sub", ["one", "n_tokens"], ["first_step"])
+            self.node("Range", ["first_step", "one", "one"], ["steps"])  # 1 - T … 0
+            self.node("Add", ["last_of_each", "steps"], ["positions"])
+        return "positions"
 
     def _gated(self, n: int, h: str) -> str:
         at = f"layers.{n}"
@@ -183,8 +189,8 @@ class _Builder:
         )  # fmt: skip
 
     def _block_sums(self, x: str, n_in: int) -> str:
-        """Sum x over blocks, (1, T, K) → (1, T, K/32)."""
-        blocks = self.constant(f"blocks_of_{n_in}", [1, -1, n_in // BLOCK, BLOCK])
+        """Sum x over blocks, (B, T, K) → (B, T, K/32)."""
+        blocks = self.constant(f"blocks_of_{n_in}", [0, 0, n_in // BLOCK, BLOCK])  # 0: as it was
         cut = self.node("Reshape", [x, blocks], [f"{x}.blocks"])
         return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
 
@@ -196,12 +202,12 @@ class _Builder:
     def model(self, span: Span, outputs: Mapping[str, str]) -> ModelProto:
         """Close the graph of a span; `outputs` maps result names to values."""
         s = self._shape
-        wide: list[str | int] = [1, "T", s.width]
-        cache: list[str | int] = [1, s.n_kv_heads, "room", s.head_dim]
+        wide: list[str | int] = ["B", "T", s.width]
+        cache: list[str | int] = ["B", s.n_kv_heads, "room", s.head_dim]
         inputs = [_value("x", wide)]
-        inputs += [_value(name, [1], TensorProto.INT32) for name in ("last_position", "total_length")]
-        inputs += [_value(name, ["positions", s.head_dim // 2]) for name in ("cos", "sin")]
-        dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": [1, 1, s.vocab_size]}
+        inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
+        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in ("cos", "sin")]
+        dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", 1, s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {
             name: (value, dims[name]) for name, value in outputs.items()
         }

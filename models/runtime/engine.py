@@ -1,10 +1,14 @@
 """Run a decoder on onnxruntime: one session a segment, key-value buffers that past and present share, bound once.
 
-Knows tokens as numbers only. T new tokens, C width, V vocabulary.
+Sequences are slots of one memory. Steps of single tokens that wait at the same time become one pass over neighbouring
+slots; longer pieces go through alone, since onnxruntime's attention takes several sequences for single tokens only.
+Knows tokens as numbers only. B sequences, T new tokens, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +23,11 @@ from numpy.typing import NDArray
 from models.artifact.names import BLOCK, FRAMES, HEAD, PLAIN, Span, adapter_file, graph_file, layer_file, spans
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
-from models.errors import ArtifactError, PromptTooLongError
+from models.errors import AbandonedError, ArtifactError, PromptTooLongError
+from models.runtime.memory import KeyValueMemory
+from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache
+from models.runtime.providers import CPU, short_name, usable
+from models.runtime.turns import Turns
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -30,12 +38,18 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time."""
+    """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
+
+    `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
+    `models.runtime.providers`, the first that works is used.
+    """
 
     threads: int = 2
     spin: bool = True
     context: int = 2048
     sequences: int = 4
+    prefix_cache_bytes: int = 0
+    providers: Sequence[str] = (CPU,)
 
 
 @dataclass(frozen=True)
@@ -89,38 +103,95 @@ class Embeddings:
 
 
 class Decoder:
-    """A loaded model; `sequence()` lends one of a few key-value sessions."""
+    """A loaded model; `sequence()` lends one of a few slots of its key-value memory.
+
+    Decoders that share the processor should share their `turns`.
+    """
 
     def __init__(
-        self, shape: LlamaShape, parts: Iterable[Segment], embeddings: Embeddings, options: EngineOptions
+        self,
+        shape: LlamaShape,
+        parts: Iterable[Segment],
+        embeddings: Embeddings,
+        options: EngineOptions,
+        turns: Turns | None = None,
     ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         self.context = min(options.context, shape.context)
+        self.turns = turns or Turns()
+        self.memory = KeyValueMemory(shape, options.sequences, self.context)
+        self.prefixes = _prefix_cache(shape, options)
         self._segments = [(part.span, _session(part, options)) for part in parts]
-        self._rotary = rotary_tables(shape, self.context)
+        self._rotary = rotary_tables(shape, self.context + 1)
+        self._stacks: dict[tuple[range, bool], _Stack] = {}
+        self._stacks_version = 0
         self._places = threading.BoundedSemaphore(options.sequences)
         self._lock = threading.Lock()
-        self._free: list[TokenSequence] = []
+        self._sequences = [TokenSequence(self, slot) for slot in range(options.sequences)]
+        self._free = list(range(options.sequences))  # a heap: neighbours make better batches
+
+    @property
+    def provider(self) -> str:
+        """Short name of the execution provider in use."""
+        return short_name(self._segments[0][1].get_providers()[0])
+
+    @property
+    def batches(self) -> bool:
+        """Whether the graphs take several sequences; older ones do not."""
+        return all(isinstance(session.get_inputs()[0].shape[0], str) for _, session in self._segments)
 
     @contextmanager
-    def sequence(self) -> Iterator[TokenSequence]:
-        """Lend an empty sequence; waits while all are in use."""
+    def sequence(self, deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TokenSequence]:
+        """Lend an empty sequence; waits while all are in use.
+
+        Those with the earlier `deadline`, on any one clock, go first. Reading a long prompt ends with
+        `AbandonedError` once `gone` says that nobody waits for the answer.
+        """
         with self._places:
             with self._lock:
-                found = self._free.pop() if self._free else None
-            sequence = found or TokenSequence(self)
+                slot = heapq.heappop(self._free)
+            sequence = self._sequences[slot]
+            sequence.deadline, sequence.gone = deadline, gone
             try:
                 yield sequence
+                sequence.remember()
             finally:
+                self.turns.leave(sequence)
                 sequence.reset()
                 with self._lock:
-                    self._free.append(sequence)
+                    heapq.heappush(self._free, slot)
 
-    def bind(self, counters: tuple[Ints, Ints]) -> list[_Bound]:
-        """Make the bindings of a new sequence, one a segment."""
-        return [
-            _Bound(self.shape, span, session, self._rotary, counters, self.context) for span, session in self._segments
-        ]
+    def stack(self, slots: range, room: int, *, single: bool) -> _Stack:
+        """The segments bound to some slots with room for so many tokens; only for whoever has the turn.
+
+        Passes of single tokens have stacks of their own, so that nothing is bound anew from one to the next.
+        """
+        self.memory.reserve(slots.stop, room)
+        if self._stacks_version != self.memory.version:
+            self._stacks, self._stacks_version = {}, self.memory.version
+        found = self._stacks.get((slots, single))
+        if found is None:
+            found = self._stacks[slots, single] = _Stack(self.shape, self._segments, self._rotary, self.memory, slots)
+        return found
+
+    def step(self, members: Sequence[TokenSequence]) -> None:
+        """Read each member's `next_id`, in one pass over the slots from the first to the last of them.
+
+        A slot between them that sits out is computed too: what it writes lies behind its own tokens.
+        """
+        slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
+        stack = self.stack(slots, 1 + max(m.length for m in members), single=True)
+        x = np.zeros((len(slots), 1, self.shape.width), np.float32)
+        x[[m.slot - slots.start for m in members], 0] = self.embeddings.rows([m.next_id for m in members])
+        for _ in stack.run(x, [self._sequences[slot].length for slot in slots]):
+            pass
+        for member in members:
+            member.stepped(stack.logits[member.slot - slots.start, 0], shared=len(slots) > 1)
+
+
+def _prefix_cache(shape: LlamaShape, options: EngineOptions) -> PrefixCache[Floats] | None:
+    block_bytes = 4 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * BLOCK_TOKENS
+    return PrefixCache(options.prefix_cache_bytes, block_bytes) if options.prefix_cache_bytes else None
 
 
 def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
@@ -133,7 +204,9 @@ def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in part.weights.values()]
     try:
         settings.add_external_initializers(list(part.weights), values)
-        return ort.InferenceSession(part.graph, settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            part.graph, settings, providers=usable(options.providers, ort.get_available_providers())
+        )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses layers {part.span.first} to {part.span.stop - 1}: {error}") from error
 
@@ -145,32 +218,62 @@ def rotary_tables(shape: LlamaShape, positions: int) -> tuple[Floats, Floats]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+class _Stack:
+    """The segments of a model, bound to the memory of neighbouring slots."""
+
+    def __init__(
+        self,
+        shape: LlamaShape,
+        segments: Sequence[tuple[Span, ort.InferenceSession]],
+        rotary: tuple[Floats, Floats],
+        memory: KeyValueMemory,
+        slots: range,
+    ) -> None:
+        self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
+        inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
+        inputs |= zip(("cos", "sin"), rotary, strict=True)
+        self._bound = [_Bound(shape, span, session, inputs, memory, slots) for span, session in segments]
+
+    def run(self, x: Floats, last_positions: Sequence[int]) -> Iterator[_Bound]:
+        """Run segment after segment on embeddings (B, T, C), whose last tokens go to `last_positions`."""
+        self._last_position[:] = last_positions
+        self._total_length[0] = max(last_positions) + 1
+        for segment in self._bound:
+            segment.run(x)
+            yield segment
+            x = segment["carried"] if segment is not self._bound[-1] else x
+
+    @property
+    def logits(self) -> Floats:
+        """The last run's (B, 1, V)."""
+        return self._bound[-1]["logits"]
+
+
 class _Bound:
-    """A segment's session with one sequence's buffers bound to it."""
+    """A segment's session with the buffers of some slots bound to it."""
 
     def __init__(
         self,
         shape: LlamaShape,
         span: Span,
         session: ort.InferenceSession,
-        rotary: tuple[Floats, Floats],
-        counters: tuple[Ints, Ints],
-        context: int,
+        inputs: Mapping[str, Array],
+        memory: KeyValueMemory,
+        slots: range,
     ) -> None:
         self.span, self._session, self._binding = span, session, session.io_binding()
+        self.is_last = span.stop == shape.n_layers
         self._width = shape.width
-        self._carries = span.stop < shape.n_layers
         self._kept: dict[str, Array] = {}
-        self._n_tokens = 0
-        for name, value in zip(("last_position", "total_length", "cos", "sin"), (*counters, *rotary), strict=True):
+        self._x_shape: tuple[int, ...] = ()
+        for name, value in inputs.items():
             self._input(name, value)
         for layer in span.layers:
-            for kind in ("key", "value"):
-                cache = np.zeros((1, shape.n_kv_heads, context, shape.head_dim), np.float32)
+            for kind, cache in zip(("key", "value"), memory.layer(layer, slots), strict=True):
                 self._input(f"past_{kind}.{layer}", cache)
                 self._output(f"present_{kind}.{layer}", cache)
         if span.head:
-            self._output("logits", np.zeros((1, 1, shape.vocab_size), np.float32))
+            self._output("logits", np.zeros((len(slots), 1, shape.vocab_size), np.float32))
 
     def _input(self, name: str, value: Array) -> None:
         self._kept[name] = value
@@ -181,12 +284,12 @@ class _Bound:
         self._binding.bind_output(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
 
     def run(self, x: Floats) -> None:
-        """Run on embeddings or a carried stream (1, T, C); results lie in `hidden`, `carried` and `logits`."""
-        if x.shape[1] != self._n_tokens:
-            self._n_tokens = x.shape[1]
+        """Run on embeddings or a carried stream (B, T, C); results lie in `hidden`, `carried` and `logits`."""
+        if x.shape != self._x_shape:
+            self._x_shape = x.shape
             self._input("x", np.empty_like(x))
-            for name in ("hidden", "carried") if self._carries else ("hidden",):
-                self._output(name, np.empty((1, self._n_tokens, self._width), np.float32))
+            for name in ("hidden",) if self.is_last else ("hidden", "carried"):
+                self._output(name, np.empty((*x.shape[:2], self._width), np.float32))
         self._kept["x"][:] = x
         self._session.run_with_iobinding(self._binding)
 
@@ -195,36 +298,50 @@ class _Bound:
 
 
 class TokenSequence:
-    """One growing token sequence and its key-value memory. Not for two threads at once."""
+    """One growing token sequence in a slot of the decoder's memory. Not for two threads at once."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._last_position, self._total_length = np.zeros(1, np.int32), np.zeros(1, np.int32)
-        self._bound = decoder.bind((self._last_position, self._total_length))
-        self.length = 0
+    def __init__(self, decoder: Decoder, slot: int) -> None:
+        self._decoder, self.slot = decoder, slot
+        self.deadline = math.inf
+        self.gone: Callable[[], bool] | None = None
+        self.next_id = 0
+        self._logits = np.zeros(0, np.float32)
+        self.reset()
 
     def reset(self) -> None:
-        """Forget everything; what the buffers hold is never read again."""
+        """Forget everything; what the memory holds is never read again."""
         self.length = 0
+        self._ids: list[int] = []
+        self._ended = False
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
-        return self._decoder.context - self.length
+        return 0 if self._ended else self._decoder.context - self.length
 
     def logits(self, ids: Sequence[int]) -> Floats:
-        """Read ids and return logits (V,) for the next token; the array is overwritten by the next call."""
-        for chunk in self._chunks(ids):
-            self._through(chunk)
-        return np.asarray(self._bound[-1]["logits"][0, -1])
+        """Read ids and return logits (V,) for the next token; the array is overwritten by the next call.
+
+        An empty sequence takes what it can from the prefix cache.
+        """
+        self._check(ids)
+        if len(ids) == 1 and self.length and self._decoder.batches:
+            self.next_id = ids[0]
+            self._decoder.turns.take(self, self.deadline, self._decoder.step, shared=True)
+            return self._logits
+        begins = not self.length
+        if begins:
+            self._recall(ids)
+        for chunk in self._chunks(ids[self.length if begins else 0 :]):
+            self._logits = self._read(chunk)["logits"][0, -1]
+        if begins:
+            self.remember()
+        return self._logits
 
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
-        parts = []
-        for chunk in self._chunks(ids):
-            self._through(chunk)
-            parts.append(self._bound[-1]["hidden"][0].copy())
-        return np.concatenate(parts)
+        self._check(ids)
+        return np.concatenate([self._read(chunk)["hidden"][0].copy() for chunk in self._chunks(ids)])
 
     def hidden_early(self, ids: Sequence[int], enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
         """Like `hidden`, for the last ids only, but stop at the first exit whose last state (C,) is `enough`.
@@ -232,17 +349,42 @@ class TokenSequence:
         Returns the last state and the number of layers passed. After an early stop the sequence cannot go on: it
         counts as full.
         """
+        self._check(ids)
         *before, last = list(self._chunks(ids))
         for chunk in before:
-            self._through(chunk)
-        for segment in self._steps(last):
-            state = segment["hidden"][0, -1].copy()
-            if segment is not self._bound[-1] and enough(state):
-                self.length = self._decoder.context
-                return state, segment.span.stop
-        return state, self._decoder.shape.n_layers
+            self._read(chunk)
+        stopped = self._read(last, until=lambda segment: enough(segment["hidden"][0, -1].copy()))
+        self._ended = not stopped.is_last
+        return stopped["hidden"][0, -1].copy(), stopped.span.stop
 
-    def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    def stepped(self, logits: Floats, *, shared: bool) -> None:
+        """Take note that `next_id` was read; `logits` (V,) lie in a buffer of this slot unless it is `shared`."""
+        self._ids.append(self.next_id)
+        self.length += 1
+        self._logits = logits.copy() if shared else logits
+
+    def remember(self) -> None:
+        """Leave what was read to the prefix cache."""
+        prefixes, memory = self._decoder.prefixes, self._decoder.memory
+        if prefixes is not None and not self._ended and self.length >= prefixes.block_tokens:
+            self._alone(lambda: prefixes.add(self._ids, lambda positions: memory.read(self.slot, positions)))
+
+    def _recall(self, ids: Sequence[int]) -> None:
+        """Take over what the prefix cache holds of `ids`."""
+        prefixes, decoder = self._decoder.prefixes, self._decoder
+        if prefixes is None:
+            return
+
+        def copy() -> None:
+            blocks = prefixes.find(ids)
+            decoder.memory.reserve(self.slot + 1, len(blocks) * prefixes.block_tokens)
+            for number, block in enumerate(blocks):
+                decoder.memory.write(self.slot, number * prefixes.block_tokens, block)
+            self._grow(ids[: len(blocks) * prefixes.block_tokens])
+
+        self._alone(copy)
+
+    def _check(self, ids: Sequence[int]) -> None:
         if not ids:
             raise PromptTooLongError("the prompt has no tokens", "messages")
         if len(ids) > self.room:
@@ -250,18 +392,32 @@ class TokenSequence:
             raise PromptTooLongError(
                 f"the prompt is longer than the model's context of {limit} tokens; shorten it", "messages"
             )
-        return (ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK))
 
-    def _through(self, ids: Sequence[int]) -> None:
-        for _ in self._steps(ids):
-            pass
+    def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        for at in range(0, len(ids), CHUNK):
+            if self.gone is not None and self.gone():
+                raise AbandonedError("nobody waits for this answer any more")
+            yield ids[at : at + CHUNK]
 
-    def _steps(self, ids: Sequence[int]) -> Iterator[_Bound]:
-        """Run segment after segment; the sequence has grown when the first is done."""
-        x = self._decoder.embeddings.rows(ids)[None]
+    def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False) -> _Bound:
+        """Read one chunk, alone; returns the segment after which `until` said so, or the last."""
+        found: list[_Bound] = []
+
+        def run() -> None:
+            length = self.length + len(ids)
+            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, single=len(ids) == 1)
+            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1]):
+                found[:] = [segment]
+                if until(segment):
+                    break
+            self._grow(ids)
+
+        self._alone(run)
+        return found[0]
+
+    def _grow(self, ids: Sequence[int]) -> None:
+        self._ids += ids
         self.length += len(ids)
-        self._last_position[0], self._total_length[0] = self.length - 1, self.length
-        for segment in self._bound:
-            segment.run(x)
-            yield segment
-            x = segment["carried"] if segment is not self._bound[-1] else x
+
+    def _alone(self, work: Callable[[], None]) -> None:
+        self._decoder.turns.take(self, self.deadline, lambda _: work())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,10 @@ from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
-from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
+from models.runtime.prefixes import PrefixStats
+from models.runtime.providers import CPU
+from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
+from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
 if TYPE_CHECKING:
@@ -56,9 +60,9 @@ class SkillReader:
         ids: Sequence[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
         return ids
 
-    def answer(self, skill: Skill, prompt: SkillPrompt) -> Iterator[Token]:
+    def answer(self, skill: Skill, prompt: SkillPrompt, limits: Limits) -> Iterator[Token]:
         """Yield the intent, then, if it may carry slots, one tag a word; the texts join to the frame's JSON."""
-        with self._decoder.sequence() as sequence:
+        with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
             choice, exit_layer = self._intent(sequence, skill, prompt)
             if not skill.slots.get(choice.label):
                 whole = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False)
@@ -137,15 +141,21 @@ class TextWriter:
 
     def write(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
         """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
-        with self._decoder.sequence() as sequence:
+        with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
             yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids))
 
 
 class LocalTier:
     """A `Tier` over an artifact; open one with `LocalTier.open`."""
 
-    def __init__(self, card: TierCard, reader: SkillReader | None, writer: TextWriter | None) -> None:
-        self._card, self._reader, self._writer = card, reader, writer
+    def __init__(
+        self,
+        card: TierCard,
+        reader: SkillReader | None,
+        writer: TextWriter | None,
+        stats: Callable[[], TierStats] = TierStats,
+    ) -> None:
+        self._card, self._reader, self._writer, self._stats = card, reader, writer, stats
 
     @classmethod
     def open(
@@ -157,23 +167,33 @@ class LocalTier:
         spin: bool = True,
         context: int = 2048,
         exit_threshold: float = NO_EXIT,
+        sequences: int = 4,
+        prefix_cache_bytes: int = 0,
+        providers: Sequence[str] = (CPU,),
         keys: KeyWrapper | None = None,
         signer: bytes | None = None,
     ) -> LocalTier:
         """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
-        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
+        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does. The
+        rest is explained in `EngineOptions`; the prefix cache is the text writer's.
         """
         artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
-        options = EngineOptions(threads=threads, spin=spin, context=context)
+        options = EngineOptions(threads, spin, context, sequences, providers=providers)
+        writing = replace(options, prefix_cache_bytes=prefix_cache_bytes if m.lm_head else 0)
+        turns = Turns()
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
-        decoders = {v: Decoder(m.architecture, segments(artifact, v), embeddings, options) for v in _variants(artifact)}
+        decoders = {
+            v: Decoder(m.architecture, segments(artifact, v), embeddings, writing if v == PLAIN else options, turns)
+            for v in _variants(artifact)
+        }
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
-        return cls(_card(name, m, min(context, m.architecture.context)), reader, writer)
+        card = _card(name, m, min(context, m.architecture.context), next(iter(decoders.values())).provider)
+        return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN)))
 
     @property
     def card(self) -> TierCard:
@@ -190,9 +210,13 @@ class LocalTier:
         """Answer token by token; a prompt the tier cannot take raises `PromptError` here and now."""
         if isinstance(prompt, SkillQuery):
             reader = self._skills()
-            return reader.answer(reader.skills[prompt.skill], reader.prompt(prompt))
+            return reader.answer(reader.skills[prompt.skill], reader.prompt(prompt), limits)
         writer = self._texts()
         return writer.write(writer.ids(prompt), limits)
+
+    def stats(self) -> TierStats:
+        """What was counted since the tier was opened."""
+        return self._stats()
 
     def label_logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
         """What the skill's labels scored: intents (n_intents,) and tags (n_words, n_tags) or None; for calibration."""
@@ -218,7 +242,19 @@ def _variants(artifact: Artifact) -> list[str]:
     return found
 
 
-def _card(name: str, manifest: Manifest, context: int) -> TierCard:
+def _stats(turns: Turns, writing: Decoder | None) -> TierStats:
+    prefix = writing.prefixes.stats if writing and writing.prefixes else PrefixStats()
+    return TierStats(
+        prefix_asked_tokens=prefix.asked_tokens,
+        prefix_reused_tokens=prefix.reused_tokens,
+        prefix_evicted_blocks=prefix.evicted_blocks,
+        prefix_held_bytes=prefix.held_bytes,
+        passes=turns.stats.shared_runs,
+        pass_tokens=turns.stats.shared_turns,
+    )
+
+
+def _card(name: str, manifest: Manifest, context: int, provider: str) -> TierCard:
     return TierCard(
         name=name,
         model_id=manifest.model_id,
@@ -230,4 +266,5 @@ def _card(name: str, manifest: Manifest, context: int) -> TierCard:
         watts=manifest.energy.watts,
         watts_source=manifest.energy.source,
         calibration=manifest.calibration,
+        provider=provider,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +12,11 @@ from models.skills import SkillSet
 
 @dataclass(frozen=True)
 class Limits:
-    """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token."""
+    """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token.
+
+    Of answers at work the one with the earliest `deadline` goes first (seconds on any one clock; nothing ends by it).
+    `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -19,6 +24,8 @@ class Limits:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    deadline: float = math.inf
+    gone: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,10 @@ Prompt = SkillQuery | Chat | Completion
 
 @dataclass(frozen=True)
 class TierCard:
-    """What a tier says of itself; `context` in tokens, `watts` while it computes, None if nobody measured."""
+    """What a tier says of itself; `context` in tokens, `watts` while it computes, None if nobody measured.
+
+    `provider` is the execution provider in use.
+    """
 
     name: str
     model_id: str
@@ -79,6 +89,23 @@ class TierCard:
     watts: float | None = None
     watts_source: str = ""
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    provider: str = "CPU"
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What a tier counted since it was opened.
+
+    `prefix_*`: prompt tokens looked up in the prefix cache, those found, blocks thrown out, and bytes held now.
+    `passes` of single tokens took `pass_tokens` together: more than one each where answers share them.
+    """
+
+    prefix_asked_tokens: int = 0
+    prefix_reused_tokens: int = 0
+    prefix_evicted_blocks: int = 0
+    prefix_held_bytes: int = 0
+    passes: int = 0
+    pass_tokens: int = 0
 
 
 class Tier(Protocol):
@@ -93,3 +120,6 @@ class Tier(Protocol):
 
     def generate(self, prompt: Prompt, limits: Limits) -> Iterator[Token]:
         """Answer token by token; raises `PromptError` before the first, frees the session when closed."""
+
+    def stats(self) -> TierStats:
+        """What was counted since the tier was opened."""

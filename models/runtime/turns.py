@@ -1,0 +1,143 @@
+"""Who uses the engine next, and with whom. Knows nothing of models.
+
+Flat combining (Hendler et al. 2010): there is no thread that serves. Whoever comes while nobody leads does the work
+of all who wait, the most urgent first, until its own is done, and then hands the lead on; so one caller alone meets no
+other thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PATIENCE = 0.5
+"""How long a shared run waits for those who shared the last one, as a share of the time such a run takes."""
+_SMOOTHING = 0.2
+
+Run = Callable[[Sequence[Any]], None]
+Clock = Callable[[], float]
+
+
+@dataclass(eq=False)
+class _Job:
+    who: Hashable
+    deadline: float
+    number: int
+    run: Run
+    shared: bool
+    done: bool = False
+    error: BaseException | None = None
+    woken: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        return self.deadline, self.number
+
+
+@dataclass(frozen=True)
+class TurnStats:
+    """Since the start: shared runs, and the turns that were taken in them."""
+
+    shared_runs: int = 0
+    shared_turns: int = 0
+
+
+class Turns:
+    """Lets one run happen at a time, earliest deadline first; turns of one kind that may be shared become one run."""
+
+    def __init__(self, patience: float = PATIENCE, clock: Clock = time.perf_counter) -> None:
+        self._patience, self._clock = patience, clock
+        self._changed = threading.Condition()
+        self._queue: list[_Job] = []
+        self._led = False
+        self._expected: dict[Hashable, Run] = {}  # who shared the last run and has not been heard of since
+        self._shared_s = 0.0  # how long a shared run takes, smoothed
+        self._count = 0
+        self._shared_runs = self._shared_turns = 0
+
+    @property
+    def stats(self) -> TurnStats:
+        """How well turns were shared."""
+        return TurnStats(self._shared_runs, self._shared_turns)
+
+    def take(self, who: Hashable, deadline: float, run: Run, *, shared: bool = False) -> None:
+        """Return when `run` was called with `who` among its sequence of one or, if `shared`, several.
+
+        Runs are shared between turns with an equal `run`. Whatever it raises is raised here, for each who shared it.
+        """
+        with self._changed:
+            self._count += 1
+            job = _Job(who, deadline, self._count, run, shared)
+            self._expected.pop(who, None)
+            self._queue.append(job)
+            leads, self._led = not self._led, True
+            if not leads:
+                job.woken.acquire()
+                self._changed.notify()
+        if not leads:
+            job.woken.acquire()  # released when the job is done or, if it is not, the lead is ours
+        if not job.done:
+            self._lead(job)
+        if job.error is not None:
+            raise job.error
+
+    def leave(self, who: Hashable) -> None:
+        """Say that no turn of `who` is to be waited for."""
+        with self._changed:
+            if self._expected.pop(who, None):
+                self._changed.notify()
+
+    def _lead(self, own: _Job) -> None:
+        try:
+            while not own.done:
+                self._serve(self._next())
+        finally:
+            with self._changed:
+                if own in self._queue:  # interrupted
+                    self._queue.remove(own)
+                if self._queue:
+                    min(self._queue, key=lambda job: job.urgency).woken.release()
+                else:
+                    self._led = False
+
+    def _next(self) -> list[_Job]:
+        """Take the most urgent job out of the queue, with all that can share its run."""
+        with self._changed:
+            gives_up = self._clock() + self._patience * self._shared_s
+            while True:
+                first = min(self._queue, key=lambda job: job.urgency)
+                left_s = gives_up - self._clock()
+                if not first.shared or first.run not in self._expected.values():
+                    break
+                if left_s <= 0:
+                    self._expected.clear()
+                    break
+                self._changed.wait(left_s)
+            jobs = [j for j in self._queue if j.shared and j.run == first.run] if first.shared else [first]
+            self._queue = [job for job in self._queue if job not in jobs]
+            return jobs
+
+    def _serve(self, jobs: Sequence[_Job]) -> None:
+        began = self._clock()
+        error: BaseException | None = None
+        try:
+            jobs[0].run([job.who for job in jobs])
+        except BaseException as raised:  # noqa: BLE001  # it is raised again where the turn was taken
+            error = raised
+        took_s = self._clock() - began
+        with self._changed:
+            if jobs[0].shared and error is None:
+                self._note(jobs, took_s)
+            for job in jobs:
+                job.error, job.done = error, True
+                if job.woken.locked():
+                    job.woken.release()
+
+    def _note(self, jobs: Sequence[_Job], took_s: float) -> None:
+        self._shared_runs += 1
+        self._shared_turns += len(jobs)
+        self._shared_s += (took_s - self._shared_s) * (_SMOOTHING if self._shared_s else 1.0)
+        self._expected.update((job.who, job.run) for job in jobs)
