@@ -5,7 +5,8 @@
     ├── ArtifactError    a tier on disk that is incomplete, altered or of another schema
     ├── DataError        a data set, skill or label that is not what it should be
     └── PromptError      a prompt the model cannot take (`field` names the culprit)
-        └── PromptTooLongError
+        ├── PromptTooLongError
+        └── GrammarError     a form of answer that cannot be kept to
 
 Each border (HTTP, command line) translates this tree once.
 """
@@ -37,3 +38,7 @@ class PromptError(ModelError):
 
 class PromptTooLongError(PromptError):
     """The prompt leaves no room for an answer in the model's context."""
+
+
+class GrammarError(PromptError):
+    """The form that an answer is to have cannot be compiled, or cannot be kept to."""
