@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import edgecascade
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["up", "ask", "eval", "build", "adapt", "distil", "calibrate", "demo", "bench load"]
+COMMANDS = ["up", "ask", "eval", "build", "adapt", "distil", "calibrate", "demo", "bench grammar", "bench load"]
 
 
 def completion(body):

@@ -75,8 +75,8 @@ class Grammars:
         if matcher.is_error():
             raise GrammarError(f"this cannot be compiled: {_short(matcher.get_error())}", field)
         probe = GrammarGuide(matcher.deep_copy(), self._vocab_size, field)
-        if not len(probe.forced()) and not np.isfinite(probe.masked(np.zeros(self._vocab_size, np.float32))).any():
-            raise GrammarError("no answer can satisfy this", field)
+        if not probe.forced():  # better now than in the answer
+            probe.masked(np.zeros(self._vocab_size, np.float32))
         return matcher
 
 
@@ -115,7 +115,9 @@ class GrammarGuide:
     def _check(self) -> None:
         """The bounds on the parser's work hold for each step, so that an answer may fail in its middle."""
         if self._matcher.is_error():
-            raise GrammarError(f"the answer's form is too complex: {_short(self._matcher.get_error())}", self._field)
+            raise GrammarError(
+                f"no answer of this form can go on here: {_short(self._matcher.get_error())}", self._field
+            )
 
 
 def grammar_text(form: JsonForm | None, use: ToolUse | None) -> str:
