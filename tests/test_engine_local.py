@@ -13,12 +13,15 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from models.artifact.store import Artifact
 from models.build.assemble import build
+from models.build.calibrate import Reading
+from models.build.calibrate import decode as calibration_of
 from models.build.folder_source import write_folder_source
 from models.build.gguf_source import GgufSource
 from models.errors import ArtifactError, PromptError, PromptTooLongError
+from models.runtime.frames import IntentRule
 from models.runtime.local import LocalTier
 from models.runtime.tier import Chat, Completion, JsonForm, Limits, Prompt, SkillQuery, Tier, Token, Tool
-from models.skills import frame_schema, slots_from_tags, split_words
+from models.skills import Frame, frame_schema, slots_from_tags, split_words
 from tests.tiny_models import SHAPE, SKILLS, quiet, random_head, random_tensors, write_adapter, write_gguf
 
 UTTERANCES = ("switch it", "the lamp, please", "Play that Song by Zoë", "heu", "a b c d e f g")
@@ -150,6 +153,17 @@ def test_label_logits_are_what_the_answer_was_read_from(tier: LocalTier) -> None
         first = answer(tier, SkillQuery("radio", text))[0]
         assert SKILLS["radio"].intents[int(intents.argmax())] in first.text
     assert tier.label_logits(SkillQuery("lamp", "on"))[1] is None
+
+
+def test_confidence_is_fitted_on_what_the_tier_reports(tier: LocalTier) -> None:
+    """A label's probability is among those that its frame may carry, in calibration as in an answer."""
+    for text in UTTERANCES:
+        query = SkillQuery("radio", text)
+        intents, tags = tier.label_logits(query)
+        reading = Reading(tuple(split_words(text)), Frame("play"), intents, tags)
+        steps = calibration_of(reading, SKILLS["radio"], IntentRule()).steps
+        reported = [value for token in answer(tier, query) for value in (token.logprob, token.margin)]
+        assert [value for s in steps for value in (s.logprob, s.margin)] == pytest.approx(reported, abs=1e-5)
 
 
 def test_a_bias_in_the_calibration_moves_answers_out_of_scope(device_path: Path, tmp_path: Path) -> None:
