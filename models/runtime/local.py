@@ -20,7 +20,6 @@ from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
-from models.runtime.grammar import Grammars
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
@@ -102,6 +101,8 @@ class TextWriter:
     """Answers chats and completions with text."""
 
     def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        from models.runtime.grammar import Grammars  # a tier that answers skills only does without its 6 MB
+
         self._decoder, self._tokenizer = decoder, tokenizer
         template = artifact.manifest.chat_template
         self._template = ChatTemplate(template) if template else None
