@@ -259,6 +259,22 @@ def demo(as_json: Json = False) -> None:
         print(json.dumps(figures))
 
 
+@bench_app.command("grammar")
+def grammar(
+    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in turns.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+) -> None:
+    """Measure what holding answers to a form costs, and what forced tokens save; the last line is JSON.
+
+    Example: edgecascade bench grammar var/edge --rounds 9
+    """
+    from bench.grammar import measure, report
+
+    report(measure(tier, rounds, max_tokens, threads))
+
+
 @bench_app.command("load")
 def load(
     url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],

@@ -7,7 +7,8 @@
     ├── KeyUnavailableError   a key that cannot be read, or that its provider does not hand out
     ├── DataError        a data set, skill or label that is not what it should be
     ├── PromptError      a prompt the model cannot take (`field` names the culprit)
-    │   └── PromptTooLongError
+    │   ├── PromptTooLongError
+    │   └── GrammarError     a form of answer that cannot be kept to
     └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
@@ -48,6 +49,10 @@ class PromptError(ModelError):
 
 class PromptTooLongError(PromptError):
     """The prompt leaves no room for an answer in the model's context."""
+
+
+class GrammarError(PromptError):
+    """The form that an answer is to have cannot be compiled, or cannot be kept to."""
 
 
 class AbandonedError(ModelError):

@@ -125,6 +125,28 @@ class SkillSet:
         return cls(tuple(skills))
 
 
+def frame_schema(skill: Skill) -> dict[str, Any]:
+    """The JSON schema of the skill's frames: which intents there are, and which slots each may carry."""
+    value = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 2}]}
+    carried: dict[tuple[str, ...], list[str]] = {}
+    for intent in skill.intents:
+        carried.setdefault(tuple(skill.slots.get(intent, ())), []).append(intent)
+    return {"anyOf": [_frames_with(intents, dict.fromkeys(slots, value)) for slots, intents in carried.items()]}
+
+
+def _frames_with(intents: list[str], slots: dict[str, Any]) -> dict[str, Any]:
+    """The schema of frames with one of the intents, which share their slots."""
+    return {
+        "type": "object",
+        "properties": {
+            "intent": {"enum": intents},
+            "slots": {"type": "object", "properties": slots, "additionalProperties": False},
+        },
+        "required": ["intent", "slots"],
+        "additionalProperties": False,
+    }
+
+
 def split_words(text: str) -> list[str]:
     """Split an utterance into the words that slots are made of (white space; closing `.?!,` dropped)."""
     words = [word.rstrip(".?!,;") or word for word in text.split()]

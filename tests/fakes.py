@@ -199,3 +199,13 @@ def create_app_for_gunicorn() -> Flask:
 def user(text: str) -> list[Mapping[str, str]]:
     """A chat of one turn."""
     return [{"role": "user", "content": text}]
+
+
+def tool(name: str, **function: Any) -> dict[str, Any]:
+    """A tool as OpenAI's schema has it."""
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def schema_format(schema: Any, **fields: Any) -> dict[str, Any]:
+    """A `response_format` with a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **fields}}

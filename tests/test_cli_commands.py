@@ -26,6 +26,7 @@ COMMANDS = [
     "distil",
     "calibrate",
     "demo",
+    "bench grammar",
     "bench load",
     "bench seal",
     "keys",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from models.artifact.keys import LocalKey
 from models.artifact.store import Artifact
@@ -18,7 +21,7 @@ from models.build.seal import seal_artifact
 from models.build.verify import GoldenCase, golden, golden_cases, golden_texts, report_golden
 from models.errors import DataError
 from models.runtime.local import LocalTier
-from models.runtime.tier import Limits
+from models.runtime.tier import Chat, JsonForm, Limits, Tool, ToolUse
 from tests.tiny_models import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +103,77 @@ def test_smollm2_in_int4_loses_little(smollm2: GgufSource, tmp_path: Path) -> No
     lost = build(smollm2, tmp_path / "out", "int4", None, quiet, texts=texts).manifest.losses
     assert lost["token_mean_kl"] < 0.01
     assert lost["token_top1_agreement"] > 0.95
+
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "hobbies"],
+    "additionalProperties": False,
+}
+TREE: dict[str, Any] = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "label": {"enum": ["mammal", "bird", "fish"]},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/leaf"}, "maxItems": 2},
+            },
+            "required": ["label", "children"],
+            "additionalProperties": False,
+        },
+        "leaf": {"anyOf": [{"type": "string", "maxLength": 12}, {"type": "null"}]},
+    },
+    "$ref": "#/$defs/node",
+}
+HELD: list[tuple[str, dict[str, Any]]] = [
+    ("Anna is 34, lives in Lyon and plays chess. Describe her as JSON.", PERSON),
+    ("Which animals do you know? Answer as a tree.", TREE),
+    ("When was the French revolution?", {"type": "string", "format": "date"}),
+    ("Is the sky blue?", {"enum": ["yes", "no", "\u65e5\u672c"]}),
+    (
+        "Give me three numbers.",
+        {"type": "array", "items": {"type": "integer", "maximum": 999}, "minItems": 3, "maxItems": 3},
+    ),
+    ("A licence plate?", {"type": "string", "pattern": "^[A-Z]{1,3}-[A-Z]{2} [0-9]{2,4}$"}),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2_tier(smollm2: GgufSource, tmp_path_factory: pytest.TempPathFactory) -> LocalTier:
+    folder = tmp_path_factory.mktemp("smollm2") / "edge"
+    build(smollm2, folder, "int4", None, quiet)
+    return LocalTier.open(folder, "edge")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("text", "schema"), HELD)
+def test_smollm2_answers_in_the_form_that_is_asked_for(
+    smollm2_tier: LocalTier, text: str, schema: dict[str, Any], temperature: float
+) -> None:
+    limits = Limits(max_tokens=150, temperature=temperature, seed=7, json=JsonForm(json.dumps(schema), strict=True))
+    tokens = list(smollm2_tier.generate(Chat(({"role": "user", "content": text},)), limits))
+    Draft202012Validator(schema).validate(json.loads("".join(token.text for token in tokens)))
+    assert tokens[-1].finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_smollm2_calls_the_function_that_fits(smollm2_tier: LocalTier) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    tools = (
+        Tool("get_weather", json.dumps({**city, "additionalProperties": False}), "The weather in a city"),
+        Tool("set_alarm", description="Wake the user"),
+    )
+    chat = Chat(({"role": "user", "content": "What is the weather in Paris?"},), tools)
+    limits = Limits(max_tokens=150, tools=ToolUse(tools, required=True, parallel=False))
+    said = "".join(token.text for token in smollm2_tier.generate(chat, limits))
+    call = json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    assert call == {"name": "get_weather", "arguments": {"city": "Paris"}}
 
 
 def test_a_file_without_golden_texts_is_refused(tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import FakeTier, card, dispatcher_app, http_client, served, tier_app, user
+from tests.fakes import FakeTier, card, dispatcher_app, http_client, schema_format, served, tier_app, tool, user
 
 CHAT, TEXT, INVOKE = "/v1/chat/completions", "/v1/completions", "/"
 OK = {"messages": user("hi"), "skill": "assistant"}
 BODY_LIMIT = 1 << 20
+LARGE = {"type": "object", "description": "x" * 40_000}
+DEEP: dict[str, Any] = {"type": "object"}
+for _ in range(16):
+    DEEP = {"type": "object", "properties": {"deeper": DEEP}}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,14 @@ def chat_with(**fields: Any) -> dict[str, Any]:
     return {**OK, **fields}
 
 
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def choice(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 BAD_FIELDS: list[tuple[str, dict[str, Any], int, str]] = [
     (CHAT, {}, 422, "messages"),
     (CHAT, chat_with(messages=[]), 422, "messages"),
@@ -56,7 +68,17 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str]] = [
     (CHAT, chat_with(messages=[{"role": "user"}]), 422, "messages[0].content"),
     (CHAT, chat_with(messages=[{"content": "hi"}]), 422, "messages[0].role"),
     (CHAT, chat_with(messages=[{"role": "wizard", "content": "hi"}]), 422, "messages[0].role"),
-    (CHAT, chat_with(messages=[{"role": "tool", "content": "hi"}]), 422, "messages[0].role"),
+    (CHAT, chat_with(messages=[{"role": "tool", "content": "hi"}]), 422, "messages[0].tool_call_id"),
+    (CHAT, chat_with(messages=[*user("hi"), {"role": "tool", "content": "x", "tool_call_id": "c"}]), 422, "messages"),
+    (CHAT, chat_with(messages=[{**user("hi")[0], "tool_call_id": "c"}]), 422, "messages[0].tool_call_id"),
+    (CHAT, chat_with(messages=[{**user("hi")[0], "tool_calls": [call("{}")]}]), 422, "messages[0].tool_calls"),
+    (CHAT, chat_with(messages=[{"role": "assistant", "content": None}]), 422, "messages[0].content"),
+    (
+        CHAT,
+        chat_with(messages=[{"role": "assistant", "tool_calls": [call("[1")]}]),
+        422,
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     (CHAT, chat_with(messages=[{"role": "system", "content": "hi"}]), 422, "messages"),
     (CHAT, chat_with(messages=user("")), 422, "messages[0].content"),
     (CHAT, chat_with(messages=user(" \n")), 422, "messages[0].content"),
@@ -103,9 +125,22 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str]] = [
     (CHAT, chat_with(logprobs=3), 422, "logprobs"),
     (CHAT, chat_with(top_logprobs=3), 422, "top_logprobs"),
     (CHAT, chat_with(logprobs=True, top_logprobs=21), 422, "top_logprobs"),
-    (CHAT, chat_with(tools=[{"type": "function"}]), 422, "tools"),
+    (CHAT, chat_with(tools=[{"type": "function"}]), 422, "tools[0].function"),
+    (CHAT, chat_with(tools=[{"type": "custom", "custom": {"name": "f"}}]), 422, "tools[0].type"),
+    (CHAT, chat_with(tools=[tool("two words")]), 422, "tools[0].function.name"),
+    (CHAT, chat_with(tools=[tool("f"), tool("f")]), 422, "tools"),
+    (CHAT, chat_with(tools=[tool(f"f{n}") for n in range(65)]), 422, "tools"),
+    (CHAT, chat_with(tools=[tool("f", parameters={"type": "array"})]), 422, "tools[0].function.parameters"),
+    (CHAT, chat_with(tools=[tool("f", parameters=LARGE)]), 422, "tools[0].function.parameters"),
     (CHAT, chat_with(tool_choice="required"), 422, "tool_choice"),
-    (CHAT, chat_with(response_format={"type": "json_object"}), 422, "response_format"),
+    (CHAT, chat_with(skill="chat", tools=[tool("f")], tool_choice=choice("g")), 422, "tool_choice"),
+    (CHAT, chat_with(tools=[tool("f")], tool_choice=choice("f")), 422, "tool_choice"),
+    (CHAT, chat_with(response_format={"type": "xml"}), 422, "response_format"),
+    (CHAT, chat_with(response_format={"type": "json_schema"}), 422, "response_format.json_schema"),
+    (CHAT, chat_with(response_format=schema_format({"type": "object"})), 422, "response_format"),
+    (CHAT, chat_with(skill="chat", response_format=schema_format([])), 422, "response_format.json_schema.schema"),
+    (CHAT, chat_with(skill="chat", response_format=schema_format(LARGE)), 422, "response_format.json_schema.schema"),
+    (CHAT, chat_with(skill="chat", response_format=schema_format(DEEP)), 422, "response_format.json_schema.schema"),
     (CHAT, chat_with(frequency_penalty=0.5), 422, "frequency_penalty"),
     (CHAT, chat_with(presence_penalty=-1), 422, "presence_penalty"),
     (CHAT, chat_with(logit_bias={"5": 100}), 422, "logit_bias"),
@@ -224,6 +259,16 @@ HARMLESS: list[dict[str, Any]] = [
     {"n": 1},
     {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "store": False},
     {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+    {"response_format": {"type": "json_object"}},
+    {"tools": [tool("f")], "tool_choice": "auto", "parallel_tool_calls": False},
+    {"messages": [*user("hi"), {"role": "assistant", "content": None, "refusal": "no"}, *user("so")]},
+    {
+        "messages": [
+            *user("hi"),
+            {"role": "assistant", "content": None, "tool_calls": [call("{}")]},
+            {"role": "tool", "content": "4", "tool_call_id": "c1"},
+        ]
+    },
     {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y"},
     {"max_completion_tokens": 5, "temperature": 1, "top_p": 1, "seed": 3, "stop": None, "reasoning_effort": None},
     {

@@ -123,7 +123,7 @@ class _Run:
     def _whole(self, step: Step, answer: TierReply) -> Iterator[Event]:
         report = self._report(step, answer.report)
         yield Start(answer.model, report)
-        yield Piece(answer.text, answer.logprobs)
+        yield Piece(answer.text, answer.logprobs, answer.calls)
         yield End(answer.finish_reason, answer.usage, report)
 
     def _live(self, step: Step, events: Events) -> Iterator[Event]:
@@ -143,7 +143,7 @@ class _Run:
         except TierFailedError as failure:
             broken = begun.model_copy(update={"degraded": True, "reason": failure.reason})
             if not pieces:
-                yield Piece(canned.text_for(failure.reason))
+                yield self._said(failure.reason)
             yield End("length", Usage.of(0, pieces), self._report(step, broken))
         finally:
             _close(events)
@@ -152,8 +152,12 @@ class _Run:
         said = Report(source="canned", route=step.route, reason=step.reason, node_id=self._dispatcher.node_id)
         report = self._report(step, said)
         yield Start(canned.MODEL, report)
-        yield Piece(canned.text_for(step.reason))
+        yield self._said(step.reason)
         yield End("stop", Usage(), report)
+
+    def _said(self, reason: str) -> Piece:
+        """A canned message; where JSON was asked for it is a refusal, so that nobody parses it."""
+        return Piece(canned.text_for(reason), refuses=self._ask.json is not None)
 
     def _report(self, step: Step, said: Report) -> Report:
         """What the tier said of itself, with the dispatcher's route, reason and costs."""

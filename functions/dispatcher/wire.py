@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from functions.serving.ask import CHAT, Ask, Shape
-from functions.serving.events import End, Event, Logprob, Piece, Report, Start, Usage
+from functions.serving.ask import CHAT, Ask, Message, Shape
+from functions.serving.events import CallDelta, End, Event, Logprob, Piece, Report, Start, Usage
+from models.runtime.tier import JsonForm, Tool, ToolUse
 
 _DATA = "data:"
 _DONE = "[DONE]"
@@ -27,6 +28,7 @@ class TierReply:
     model: str
     text: str
     logprobs: tuple[Logprob, ...]
+    calls: tuple[CallDelta, ...]
     finish_reason: str
     usage: Usage
     report: Report
@@ -65,8 +67,44 @@ def _input(ask: Ask) -> dict[str, Any]:
     top = ask.sampling.top_logprobs
     if is_completion(ask):
         return {"prompt": ask.prompt, "logprobs": top}
-    messages = [{"role": m.role, "content": m.content} for m in ask.messages] or [{"role": "user", "content": ask.text}]
-    return {"messages": messages, "logprobs": True if top is not None else None, "top_logprobs": top or None}
+    messages = [_message(m) for m in ask.messages] or [{"role": "user", "content": ask.text}]
+    return {
+        "messages": messages,
+        "logprobs": True if top is not None else None,
+        "top_logprobs": top or None,
+        "response_format": _response_format(ask.json) if ask.json else None,
+        **(_tools(ask.tools) if ask.tools else {}),
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    functions = [(call.id, {"name": call.name, "arguments": call.arguments}) for call in message.calls]
+    calls = [{"id": call_id, "type": "function", "function": function} for call_id, function in functions]
+    values = {"role": message.role, "content": message.content, "tool_calls": calls, "tool_call_id": message.call_id}
+    return {key: value for key, value in values.items() if value or key == "content"}
+
+
+def _response_format(form: JsonForm) -> dict[str, Any]:
+    if form == JsonForm():
+        return {"type": "json_object"}
+    schema = {"name": "answer", "schema": json.loads(form.schema), "strict": form.strict}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _tools(use: ToolUse) -> dict[str, Any]:
+    choice: Any = "required" if use.required else "auto"
+    if use.only:
+        choice = {"type": "function", "function": {"name": use.only}}
+    return {
+        "tools": [{"type": "function", "function": _function(tool)} for tool in use.tools],
+        "tool_choice": choice,
+        "parallel_tool_calls": use.parallel,
+    }
+
+
+def _function(tool: Tool) -> dict[str, Any]:
+    parameters = json.loads(tool.parameters)
+    return {"name": tool.name, "description": tool.description, "parameters": parameters, "strict": tool.strict}
 
 
 def read_reply(ask: Ask, body: Any) -> TierReply:
@@ -75,8 +113,9 @@ def read_reply(ask: Ask, body: Any) -> TierReply:
         choice = body["choices"][0]
         return TierReply(
             model=str(body["model"]),
-            text=str(choice["text"] if is_completion(ask) else choice["message"]["content"]),
+            text=str(choice["text"] if is_completion(ask) else choice["message"]["content"] or ""),
             logprobs=tuple(_logprobs(choice.get("logprobs"))),
+            calls=() if is_completion(ask) else tuple(_calls(choice["message"])),
             finish_reason=str(choice["finish_reason"]),
             usage=Usage.model_validate(body["usage"]),
             report=Report.model_validate(body["edgecascade"]),
@@ -128,8 +167,17 @@ def _bodies(lines: Iterator[str]) -> Iterator[Any]:
 def _piece(ask: Ask, choice: dict[str, Any]) -> Iterator[Piece]:
     text = choice["text"] if is_completion(ask) else choice["delta"].get("content", "")
     logprobs = tuple(_logprobs(choice.get("logprobs")))
-    if text or logprobs:
-        yield Piece(str(text), logprobs)
+    calls = () if is_completion(ask) else tuple(_calls(choice["delta"]))
+    if text or logprobs or calls:
+        yield Piece(str(text), logprobs, calls)
+
+
+def _calls(said: dict[str, Any]) -> Iterator[CallDelta]:
+    """The calls in a message or in a chunk of one; whole ones have no index but their place."""
+    for place, call in enumerate(said.get("tool_calls") or ()):
+        function = call["function"]
+        index, name = int(call.get("index", place)), str(function.get("name", ""))
+        yield CallDelta(index, str(function["arguments"]), str(call.get("id", "")), name)
 
 
 def _logprobs(found: Any) -> Iterator[Logprob]:

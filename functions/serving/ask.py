@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from models.runtime.tier import JsonForm, ToolUse
+
 CHAT = "chat"
 
 
@@ -19,11 +21,22 @@ class Shape(StrEnum):
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn of a chat."""
+class Call:
+    """A call of a function that an assistant made; `arguments` is the text of a JSON object."""
 
-    role: Literal["system", "user", "assistant"]
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat; of role `tool` it is what the call with `call_id` returned."""
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    calls: tuple[Call, ...] = ()
+    call_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Ask:
     """What is asked of a function.
 
     `messages` holds at least one turn of the user (for `Shape.COMPLETION` there are none, but a `prompt`).
-    `deadline_s` is what the caller grants, None if it said nothing.
+    `json` and `tools` are the form that a chat's answer must have. `deadline_s` is what the caller grants, None if it
+    said nothing.
     """
 
     shape: Shape
@@ -52,6 +66,8 @@ class Ask:
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     sampling: Sampling = Sampling()
+    json: JsonForm | None = None
+    tools: ToolUse | None = None
     stream: bool = False
     include_usage: bool = False
     deadline_s: float | None = None

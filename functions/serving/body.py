@@ -12,6 +12,8 @@ from werkzeug.wsgi import get_input_stream
 from functions.serving.errors import RefusedError
 
 MAX_DEPTH = 16
+# A schema nests twice as deep as what it describes.
+_DEPTHS = {"response_format": 40, "tools": 40}
 # What is still read of a body over the bound, so that the client, which writes first, gets to read the refusal.
 _DRAIN_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 16
@@ -67,11 +69,11 @@ def _read_bytes(request: Request, max_bytes: int) -> bytes:
 
 def _check(value: Any, name: str) -> None:
     """Refuse what is nested too deeply and text that UTF-8 cannot carry (lone surrogates)."""
-    pending = [(value, 2)]
+    pending, limit = [(value, 2)], _DEPTHS.get(name, MAX_DEPTH)
     while pending:
         item, depth = pending.pop()
-        if depth > MAX_DEPTH and isinstance(item, dict | list):
-            raise RefusedError(400, f"nested deeper than {MAX_DEPTH} levels", param=name, code="too_deep")
+        if depth > limit and isinstance(item, dict | list):
+            raise RefusedError(400, f"nested deeper than {limit} levels", param=name, code="too_deep")
         if isinstance(item, str):
             _check_text(item, name)
         elif isinstance(item, dict):

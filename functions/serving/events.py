@@ -111,16 +111,28 @@ class Start:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """Some more of a call of a function; `id` and `name` come with the first piece of it."""
+
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Some more text."""
+    """Some more text, and some more of calls. `refuses`: it is no answer in the form that was asked for."""
 
     text: str
     logprobs: tuple[Logprob, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
+    refuses: bool = False
 
 
 @dataclass(frozen=True)
 class End:
-    """The answer is complete; `finish_reason` 'stop' or 'length'."""
+    """The answer is complete; `finish_reason` 'stop', 'length' or 'tool_calls'."""
 
     finish_reason: str
     usage: Usage

@@ -9,9 +9,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from functions.serving.ask import CHAT, Ask, Message, Sampling, Shape
+from functions.serving.ask import CHAT, Ask, Call, Message, Sampling, Shape
 from functions.serving.errors import RefusedError
-from functions.serving.schema import MAX_DEADLINE_MS, MAX_TEXT, ChatRequest, Common, CompletionRequest, InvokeRequest
+from functions.serving.schema import (
+    MAX_DEADLINE_MS,
+    ChatMessage,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    InvokeRequest,
+)
+from functions.serving.strict import MAX_TEXT
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -41,15 +49,14 @@ class HeaderFields:
 def chat(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
     """Read `POST /v1/chat/completions`."""
     request = _validated(ChatRequest, body)
-    messages = tuple(
-        Message("system" if message.role == "developer" else message.role, message.text) for message in request.messages
-    )
     wanted = (request.top_logprobs or 0) if request.logprobs else None
     return Ask(
         Shape.CHAT,
         skill=request.skill or CHAT,
-        messages=messages,
+        messages=tuple(_message(message) for message in request.messages),
         sampling=_sampling(request, request.max_completion_tokens, wanted),
+        json=request.json_form,
+        tools=request.tool_use,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         **_shared(request, headers),
@@ -90,6 +97,12 @@ def plain(text: str, headers: HeaderFields, default_skill: str) -> Ask:
     if len(text) > MAX_TEXT:
         raise _refused(f"the text has {len(text)} characters; send at most {MAX_TEXT}", "text")
     return invoke({"text": text.strip()}, headers, default_skill)
+
+
+def _message(message: ChatMessage) -> Message:
+    calls = tuple(Call(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ())
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, message.text, calls, message.tool_call_id or "")
 
 
 def _shared(request: Common, headers: HeaderFields) -> dict[str, Any]:

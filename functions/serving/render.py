@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from flask import Response
 
 from functions.serving.ask import Ask, Shape
 from functions.serving.errors import ApiError, BrokenOffError, ClientLeftError
-from functions.serving.events import End, Event, Events, Logprob, Piece, Report, Start, Usage
+from functions.serving.events import CallDelta, End, Event, Events, Logprob, Piece, Report, Start, Usage
 from functions.serving.replies import (
     AssistantMessage,
     ChatChoice,
@@ -29,6 +29,8 @@ from functions.serving.replies import (
     TextChoice,
     TextCompletion,
     TextLogprobs,
+    ToolCallDelta,
+    ToolCallReply,
 )
 
 EVENT_STREAM = "text/event-stream"
@@ -40,11 +42,13 @@ Failed = Callable[[Exception], None]
 
 @dataclass
 class Whole:
-    """A finished answer."""
+    """A finished answer; `refuses`: its text is none in the form that was asked for."""
 
     start: Start
     text: str
     logprobs: list[Logprob]
+    calls: list[CallDelta]
+    refuses: bool
     end: End
 
 
@@ -53,16 +57,26 @@ def collect(events: Events, gone: Callable[[], bool]) -> Whole:
     with closing(cast("Any", events)):
         first = next(events)
         assert isinstance(first, Start), "an answer begins with Start"  # noqa: S101  # a bug, not bad input
-        text, logprobs = [], list[Logprob]()
+        pieces = list[Piece]()
         for event in events:
             if isinstance(event, Piece):
-                text.append(event.text)
-                logprobs.extend(event.logprobs)
+                pieces.append(event)
             elif isinstance(event, End):
-                return Whole(first, "".join(text), logprobs, event)
+                return _whole(first, pieces, event)
             if gone():
                 raise ClientLeftError
     raise BrokenOffError(500, "the answer broke off", code="broken_off")
+
+
+def _whole(start: Start, pieces: list[Piece], end: End) -> Whole:
+    logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
+    calls: dict[int, CallDelta] = {}
+    for delta in (call for piece in pieces for call in piece.calls):
+        begun = calls.get(delta.index, delta)
+        arguments = delta.arguments if begun is delta else begun.arguments + delta.arguments
+        calls[delta.index] = replace(begun, arguments=arguments)
+    text = "".join(piece.text for piece in pieces)
+    return Whole(start, text, logprobs, list(calls.values()), any(piece.refuses for piece in pieces), end)
 
 
 def whole(ask: Ask, answer: Whole, *, as_text: bool) -> Response:
@@ -111,10 +125,24 @@ def _whole_body(ask: Ask, answer: Whole) -> Reply:
         logprobs = TextLogprobs.of(answer.logprobs, 0) if wanted else None
         text = TextChoice(index=0, text=answer.text, logprobs=logprobs, finish_reason=end.finish_reason)
         return TextCompletion(**head, object="text_completion", choices=[text], usage=end.usage, edgecascade=report)
-    message = AssistantMessage(role="assistant", content=answer.text, refusal=None)
+    message = _message(answer)
     chat_logprobs = ChatLogprobs.of(answer.logprobs) if wanted else None
     choice = ChatChoice(index=0, message=message, logprobs=chat_logprobs, finish_reason=end.finish_reason)
     return ChatCompletion(**head, object="chat.completion", choices=[choice], usage=end.usage, edgecascade=report)
+
+
+def _message(answer: Whole) -> AssistantMessage:
+    text = answer.text or (None if answer.calls else "")
+    if answer.refuses:
+        return AssistantMessage(role="assistant", content=None, refusal=text)
+    called = {"tool_calls": [ToolCallReply.of(call) for call in answer.calls]} if answer.calls else {}
+    return AssistantMessage(role="assistant", content=text, refusal=None, **called)
+
+
+def _delta(piece: Piece) -> Delta:
+    said = {"refusal" if piece.refuses else "content": piece.text} if piece.text or not piece.calls else {}
+    called = {"tool_calls": [ToolCallDelta.of(call) for call in piece.calls]} if piece.calls else {}
+    return Delta.model_validate({**said, **called})
 
 
 def _head(ask: Ask, model: str) -> dict[str, Any]:
@@ -145,8 +173,8 @@ class _Writer:
 
     def lines(self, event: Event) -> Iterator[str]:
         """The chunks of one event."""
-        if isinstance(event, Piece) and (event.text or event.logprobs):
-            yield self._chunk(Delta(content=event.text), event.text, list(event.logprobs), None)
+        if isinstance(event, Piece) and (event.text or event.logprobs or event.calls):
+            yield self._chunk(_delta(event), event.text, list(event.logprobs), None)
             self.written += len(event.text)
         if isinstance(event, End):
             yield self._chunk(Delta(), "", [], event.finish_reason, event.report)

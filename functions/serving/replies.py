@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from functions.serving.events import Logprob, Report, Usage
+from functions.serving.events import CallDelta, Logprob, Report, Usage
 
 _LEAST_LOGPROB = -9999.0
 
@@ -74,12 +74,57 @@ class TextLogprobs(Reply):
         )
 
 
+class FunctionCall(Reply):
+    """What is called; `arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallReply(Reply):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+    @classmethod
+    def of(cls, call: CallDelta) -> ToolCallReply:
+        """Write a whole call down."""
+        return cls(id=call.id, type="function", function=FunctionCall(name=call.name, arguments=call.arguments))
+
+
+class FunctionDelta(Reply):
+    """Some more of what is called; the first piece has the name."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Reply):
+    """Some more of a call of a function; the first piece has the id."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+    @classmethod
+    def of(cls, call: CallDelta) -> ToolCallDelta:
+        """Write it down."""
+        if not call.id:
+            return cls(index=call.index, function=FunctionDelta(arguments=call.arguments))
+        function = FunctionDelta(name=call.name, arguments=call.arguments)
+        return cls(index=call.index, id=call.id, type="function", function=function)
+
+
 class AssistantMessage(Reply):
-    """The answer."""
+    """The answer. `refusal` holds what is said instead where no answer has the form that was asked for."""
 
     role: Literal["assistant"]
-    content: str
-    refusal: None = None
+    content: str | None
+    refusal: str | None = None
+    tool_calls: list[ToolCallReply] | None = None
 
 
 class ChatChoice(Reply):
@@ -96,6 +141,8 @@ class Delta(Reply):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    refusal: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(Reply):

@@ -9,21 +9,28 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-MAX_TEXT = 65_536
+from functions.serving.form_schema import (
+    MAX_TOOLS,
+    JsonSchemaFormat,
+    NamedChoice,
+    ResponseFormat,
+    ToolCall,
+    ToolChoice,
+    ToolDefinition,
+    tool_use,
+)
+from functions.serving.strict import Strict, Text
+from models.runtime.tier import JsonForm, ToolUse
+
 MAX_MESSAGES = 256
 MAX_TOKENS = 8192
 MAX_DEADLINE_MS = 3_600_000.0
 
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+_CHAT = (None, "chat")
 _NOTHING: tuple[Any, ...] = (None,)
-
-
-class Strict(BaseModel):
-    """Frozen, strict types, unknown fields refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class TextPart(Strict):
@@ -41,37 +48,58 @@ def _asks_for_nothing(value: Any, allowed: tuple[Any, ...]) -> Any:
     raise ValueError(f"this is not supported; leave it out or send {shown}")
 
 
+def _missing() -> PydanticCustomError:
+    return PydanticCustomError("missing", "Field required")
+
+
 def _joined(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class ChatMessage(Strict):
-    """One message of a chat."""
+    """One message of a chat; `tool_call_id` says which call a message of role `tool` answers."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[Annotated[str, Field(max_length=256)] | None, Field(validate_default=True)] = None
+    refusal: Text | None = None
+    content: Annotated[Text | list[TextPart] | None, Field(validate_default=True)] = None
     # What a client sends back when it repeats our own message.
-    refusal: Any = None
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
-    tool_calls: Any = None
 
-    @field_validator("refusal", "annotations", "audio", "function_call", "tool_calls")
+    @field_validator("annotations", "audio", "function_call")
     @classmethod
     def _neutral(cls, value: Any) -> Any:
         return _asks_for_nothing(value, (None, []))
 
     @property
     def text(self) -> str:
-        """The content as one string."""
-        return _joined(self.content)
+        """What was said as one string."""
+        return _joined(self.content or "") or self.refusal or ""
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _made_by_the_assistant(cls, value: list[ToolCall] | None, info: ValidationInfo) -> list[ToolCall] | None:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("only messages of the assistant hold calls")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _answers_a_call(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is not None) != (info.data.get("role") == "tool"):
+            raise _missing() if value is None else ValueError("only messages of role 'tool' answer a call")
+        return value
 
     @field_validator("content")
     @classmethod
-    def _says_something(cls, value: str | list[TextPart], info: ValidationInfo) -> str | list[TextPart]:
-        if info.data.get("role") == "user" and not _joined(value).strip():
+    def _says_something(cls, value: str | list[TextPart] | None, info: ValidationInfo) -> str | list[TextPart] | None:
+        if value is None and not (info.data.get("tool_calls") or info.data.get("refusal")):
+            raise _missing()
+        if info.data.get("role") == "user" and not _joined(value or "").strip():
             raise ValueError("it is empty; say something")
         return value
 
@@ -156,9 +184,6 @@ class ChatRequest(OpenAiCommon):
     """`POST /v1/chat/completions`."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "response_format": (None, {"type": "text"}),
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "modalities": (None, ["text"]),
@@ -174,9 +199,9 @@ class ChatRequest(OpenAiCommon):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -191,11 +216,60 @@ class ChatRequest(OpenAiCommon):
     def _neutral(cls, value: Any, info: ValidationInfo) -> Any:
         return _asks_for_nothing(value, cls.NEUTRAL[info.field_name or ""])
 
+    @property
+    def json_form(self) -> JsonForm | None:
+        """The form that `response_format` asks for."""
+        return self.response_format.form if self.response_format else None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What may be called."""
+        return tool_use(self.tools or [], self.tool_choice, parallel=self.parallel_tool_calls is not False)
+
     @field_validator("messages")
     @classmethod
     def _has_a_user(cls, value: list[ChatMessage]) -> list[ChatMessage]:
         if not any(message.role == "user" for message in value):
             raise ValueError("there is no message of the user; send one with role 'user'")
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _results_follow_calls(cls, value: list[ChatMessage]) -> list[ChatMessage]:
+        called: set[str] = set()
+        for index, message in enumerate(value):
+            called |= {call.id for call in message.tool_calls or ()}
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise ValueError(f"'tool_call_id' of message {index} is of no call in a message before it")
+        return value
+
+    @field_validator("response_format")
+    @classmethod
+    def _frames_have_their_own_schema(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, JsonSchemaFormat) and info.data.get("skill") not in _CHAT:
+            raise ValueError("a skill answers with a frame of its own schema; send 'json_object' or nothing")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _have_names_of_their_own(cls, value: list[ToolDefinition] | None) -> list[ToolDefinition] | None:
+        names = [tool.function.name for tool in value or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"there are two functions of the name '{twice}'")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _can_be_made(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = {tool.function.name for tool in info.data.get("tools") or ()}
+        named = value.function.name if isinstance(value, NamedChoice) else ""
+        if named and named not in names:
+            raise ValueError(f"'tools' has no function of the name '{named}'")
+        if value == "required" and not names:
+            raise ValueError("there is nothing to call; send 'tools'")
+        if (named or value == "required") and info.data.get("skill") not in _CHAT:
+            raise ValueError("a skill answers with a frame and calls no functions; leave 'skill' out or send 'auto'")
         return value
 
     @field_validator("top_logprobs")

@@ -9,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from functions.serving.ask import CHAT, Ask, Clocked, Shape
+from functions.serving.ask import CHAT, Ask, Call, Clocked, Message, Shape
+from functions.serving.calls import CallReader
 from functions.serving.errors import BrokenOffError, ClientLeftError, RefusedError, from_prompt_error
 from functions.serving.events import End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
 from models.errors import AbandonedError, PromptError
@@ -56,13 +57,13 @@ class Answerer:
     def events(self, ask: Ask, clocked: Clocked) -> Iterator[Event]:
         """Decode until the tier or the deadline ends it. `PromptError`s come before the first event."""
         prompt = _prompt(ask)
-        decode = _Decode(began=self.clock())
+        decode = _Decode(self.clock(), CallReader() if ask.tools and ask.skill == CHAT else None)
         with closing(self._tokens(ask, prompt, clocked)) as tokens:
             for token in tokens:
                 decode.add(token, self.clock())
                 if len(decode.tokens) == 1:
                     yield Start(self.tier.card.model_id, self._report(ask, clocked, decode, late=False))
-                yield Piece(token.text, (Logprob(token.text, token.logprob, token.top),))
+                yield decode.piece(token)
                 if token.finish_reason is None and self.clock() >= clocked.expires:
                     decode.late = True
                     break
@@ -89,11 +90,12 @@ class Answerer:
             frame, tail = _frame(decode.text)
             if tail:
                 yield Piece(tail)
+        if decode.reader and decode.reader.flush():
+            yield Piece(decode.reader.flush())
         usage = Usage.of(self.tier.count_tokens(prompt), len(decode.tokens))
-        finish = "length" if decode.late else decode.tokens[-1].finish_reason or "stop"
         report = self._report(ask, clocked, decode, late=decode.late)
         judged = report if frame is None else self._judged(report, ask, frame, decode)
-        yield End(finish, usage, judged)
+        yield End(decode.finish_reason, usage, judged)
 
     def _report(self, ask: Ask, clocked: Clocked, decode: _Decode, *, late: bool) -> Report:
         card = self.tier.card
@@ -119,9 +121,10 @@ class Answerer:
 
 @dataclass
 class _Decode:
-    """One decode while it runs; times in seconds on the function's clock."""
+    """One decode while it runs; times in seconds on the function's clock. `reader` where functions may be called."""
 
     began: float
+    reader: CallReader | None = None
     tokens: list[Token] = field(default_factory=list)
     first: float = 0.0
     last: float = 0.0
@@ -133,6 +136,18 @@ class _Decode:
             self.first = now
         self.last = now
         self.tokens.append(token)
+
+    def piece(self, token: Token) -> Piece:
+        """What the token adds to the answer."""
+        piece = Piece(token.text, (Logprob(token.text, token.logprob, token.top),))
+        return self.reader.push(piece) if self.reader else piece
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended."""
+        said = "length" if self.late else self.tokens[-1].finish_reason or "stop"
+        called = self.reader is not None and self.reader.only_whole_calls
+        return "tool_calls" if said == "stop" and called else said
 
     @property
     def text(self) -> str:
@@ -155,7 +170,22 @@ def _prompt(ask: Ask) -> Prompt:
         return SkillQuery(ask.skill, ask.text)
     if ask.shape is Shape.COMPLETION:
         return Completion(ask.prompt)
-    return Chat(tuple({"role": message.role, "content": message.content} for message in ask.messages))
+    return Chat(tuple(_message(message) for message in ask.messages), ask.tools.tools if ask.tools else ())
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it."""
+    values: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        values["tool_calls"] = [_call(call) for call in message.calls]
+    if message.call_id:
+        values["tool_call_id"] = message.call_id
+    return values
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _limits(ask: Ask, card: TierCard, clocked: Clocked) -> Limits:
@@ -171,6 +201,8 @@ def _limits(ask: Ask, card: TierCard, clocked: Clocked) -> Limits:
         top_p=sampling.top_p,
         seed=sampling.seed,
         stop=sampling.stop,
+        json=ask.json,
+        tools=ask.tools,
     )
 
 

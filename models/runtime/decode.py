@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from models.runtime.sampling import Pick, pick
 from models.runtime.tier import Limits, Token
 
 Detokenise = Callable[[Sequence[int]], str]
+Step = Callable[[Sequence[int]], NDArray[np.float32]]
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -56,7 +59,7 @@ class StopFilter:
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
@@ -67,7 +70,7 @@ class StopFilter:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
@@ -81,28 +84,62 @@ class Vocabulary:
     eos_ids: Collection[int]
 
 
+class Guide(Protocol):
+    """What an answer may say next; it goes along with the answer, token by token."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may be said."""
+
+    def forced(self) -> Sequence[int]:
+        """Ids that must come next, whatever the model would say; they count as taken."""
+
+    def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits (V,) with −inf for what may not come next."""
+
+    def take(self, token_id: int) -> None:
+        """Go on past an id that was chosen from what `masked` left."""
+
+
+class Free:
+    """A guide that lets the model say anything."""
+
+    complete = False
+
+    def forced(self) -> Sequence[int]:
+        """Nothing."""
+        return ()
+
+    def masked(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits as they are."""
+        return logits
+
+    def take(self, token_id: int) -> None:
+        """Nothing to note."""
+
+
+FREE = Free()
+
+
 def decode(
-    step: Callable[[Sequence[int]], NDArray[np.float32]],
+    step: Step,
     prompt: Sequence[int],
     vocabulary: Vocabulary,
     limits: Limits,
     room: int,
+    guide: Guide = FREE,
 ) -> Iterator[Token]:
     """Yield tokens until an end token, a stop string, `limits.max_tokens` or `room`, whichever comes first.
 
     `step` takes the ids that the model has not read yet and returns logits (V,) for the next; `room` is how many
     tokens the context still holds after the prompt. Close the iterator to cancel.
     """
-    rng = np.random.default_rng(limits.seed)
     stream, stops = TextStream(vocabulary.detokenise), StopFilter(limits.stop)
     budget = min(limits.max_tokens, room)
-    new: Sequence[int] = prompt
-    for count in range(1, budget + 1):
-        chosen = pick(step(new), limits, rng)
-        new = (chosen.id,)
+    for count, (chosen, last) in enumerate(islice(_picks(step, prompt, limits, guide), budget), 1):
         ended = chosen.id in vocabulary.eos_ids
         text, stopped = stops.push("" if ended else stream.push(chosen.id))
-        finish = "stop" if ended or stopped else "length" if count == budget else None
+        finish = "stop" if ended or stopped or last else "length" if count == budget else None
         if finish and not stopped:
             rest, stopped = stops.push(stream.flush())
             text += rest + stops.flush()
@@ -110,6 +147,28 @@ def decode(
         yield _token(text, chosen, finish, vocabulary.detokenise)
         if finish:
             return
+
+
+def _picks(step: Step, prompt: Sequence[int], limits: Limits, guide: Guide) -> Iterator[tuple[Pick, bool]]:
+    """Yield picks without end, each with whether the guide lets nothing follow it.
+
+    Forced ones cost no step: they wait, and the next step reads them together.
+    """
+    rng = np.random.default_rng(limits.seed)
+    new = list(prompt)
+    while True:
+        forced = guide.forced()
+        for count, token_id in enumerate(forced, 1):
+            yield _forced_pick(token_id, limits), guide.complete and count == len(forced)
+        new += forced
+        chosen = pick(guide.masked(step(new)), limits, rng)
+        guide.take(chosen.id)
+        new = [chosen.id]
+        yield chosen, guide.complete
+
+
+def _forced_pick(token_id: int, limits: Limits) -> Pick:
+    return Pick(token_id, 0.0, 1.0, ((token_id, 0.0),) if limits.top_logprobs else ())
 
 
 def _token(text: str, chosen: Pick, finish: str | None, detokenise: Detokenise) -> Token:

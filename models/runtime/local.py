@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,7 +18,7 @@ from models.artifact.store import Artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
-from models.runtime.decode import Vocabulary, decode
+from models.runtime.decode import Guide, Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
 from models.runtime.prefixes import PrefixStats
 from models.runtime.providers import CPU
@@ -107,11 +107,14 @@ class TextWriter:
     """Answers chats and completions with text."""
 
     def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        from models.runtime.grammar import Grammars  # a tier that answers skills only does without its 6 MB
+
         self._decoder, self._tokenizer = decoder, tokenizer
         template = artifact.manifest.chat_template
         self._template = ChatTemplate(template) if template else None
         self._control = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
         self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
+        self._grammars = Grammars(tokenizer.to_str(), decoder.embeddings.vocab_size, artifact.manifest.eos_ids)
 
     def ids(self, prompt: Chat | Completion) -> list[int]:
         """Encode a prompt; raises `PromptError` if it is empty or too long, or a chat where there is no template."""
@@ -120,8 +123,10 @@ class TextWriter:
         elif self._template is None:
             raise PromptError("this model has no chat template; send a completion", "messages")
         else:
-            self._refuse_control_tokens(prompt)
-            ids = self._tokenizer.encode(self._template.render(prompt.messages), add_special_tokens=False).ids
+            self._refuse_control_tokens(prompt.messages, "messages")
+            self._refuse_control_tokens([astuple(tool) for tool in prompt.tools], "tools")
+            text = self._template.render(prompt.messages, prompt.tools)
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         blamed = "prompt" if isinstance(prompt, Completion) else "messages"
         if not ids:
             raise PromptError("the prompt is empty; send some text", blamed)
@@ -132,17 +137,21 @@ class TextWriter:
             )
         return ids
 
-    def _refuse_control_tokens(self, chat: Chat) -> None:
+    def _refuse_control_tokens(self, values: Any, field: str) -> None:
         """A message that holds `<|im_end|>` would end its own turn and speak for another role."""
-        for message in chat.messages:
-            found = next((token for token in self._control if token in message["content"]), None)
-            if found:
-                raise PromptError(f"a message holds the model's control token '{found}'; leave it out", "messages")
+        text = json.dumps(values, ensure_ascii=False)
+        found = next((token for token in self._control if token in text), None)
+        if found:
+            raise PromptError(f"'{field}' holds the model's control token '{found}'; leave it out", field)
 
     def write(self, ids: Sequence[int], limits: Limits) -> Iterator[Token]:
+        """Answer; raises `GrammarError` here and now for a form that cannot be kept to."""
+        return self._write(ids, limits, self._grammars.guide(limits))
+
+    def _write(self, ids: Sequence[int], limits: Limits, guide: Guide) -> Iterator[Token]:
         """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
-            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids))
+            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids), guide)
 
 
 class LocalTier:

@@ -27,14 +27,14 @@ class Pick:
 
 
 def pick(logits: Floats, limits: Limits, rng: np.random.Generator) -> Pick:
-    """Choose a token id from logits (V,)."""
+    """Choose a token id from logits (V,); one whose logit is −inf is neither chosen nor reported."""
     peak = float(logits.max())
     log_total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
     best = best_ids(logits, max(2, limits.top_logprobs))
     probabilities = np.exp(logits[best[:2]].astype(np.float64) - log_total)
     margin = float(probabilities[0] - probabilities[1]) if len(probabilities) > 1 else 1.0
     chosen = int(best[0]) if limits.temperature == 0 else draw(logits, limits.temperature, limits.top_p, rng)
-    top = tuple((int(i), float(logits[i] - log_total)) for i in best[: limits.top_logprobs])
+    top = tuple((int(i), float(logits[i] - log_total)) for i in best[: limits.top_logprobs] if logits[i] > -np.inf)
     return Pick(chosen, float(logits[chosen] - log_total), margin, top)
 
 
@@ -68,6 +68,7 @@ def nucleus(scaled: Floats, top_p: float) -> tuple[NDArray[np.intp], NDArray[np.
         ids = best_ids(scaled, len(weights))
     reached = np.cumsum(weights[ids]) >= top_p
     kept = ids[: int(reached.argmax()) + 1] if top_p < 1 and reached.any() else ids
+    kept = kept[weights[kept] > 0]
     return kept, weights[kept]
 
 

@@ -11,11 +11,51 @@ from models.skills import SkillSet
 
 
 @dataclass(frozen=True)
+class JsonForm:
+    """The answer is JSON that the JSON schema `schema`, given as text, allows.
+
+    Not `strict`: keywords of the schema that cannot be kept to are passed over instead of refused.
+    """
+
+    schema: str = '{"type": "object"}'
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that an answer may call; `parameters`, a JSON schema as text, describes its one argument, an object.
+
+    `strict` is as in `JsonForm`.
+    """
+
+    name: str
+    parameters: str = '{"type": "object", "properties": {}, "additionalProperties": false}'
+    description: str = ""
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The functions that an answer may call.
+
+    `required`: it must call one; `only`: the name of the one it must call, exactly once; `parallel`: it may make
+    several calls.
+    """
+
+    tools: tuple[Tool, ...]
+    required: bool = False
+    only: str = ""
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
 class Limits:
     """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token.
 
     Of answers at work the one with the earliest `deadline` goes first (seconds on any one clock; nothing ends by it).
     `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
+    `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is no call
+    of a function is JSON. Frames have a form of their own.
     """
 
     max_tokens: int = 256
@@ -26,6 +66,8 @@ class Limits:
     top_logprobs: int = 0
     deadline: float = math.inf
     gone: Callable[[], bool] | None = None
+    json: JsonForm | None = None
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +75,8 @@ class Token:
     """One decoded step; for a skill a step is a label decision, the intent first, then one a word.
 
     `text` is what the step adds to the answer ('' if nothing yet); `logprob` the natural log of the chosen token's or
-    label's probability, before temperature; `margin` the probability of the best less that of the second best.
+    label's probability, before temperature; `margin` the probability of the best less that of the second best. Both
+    are among what the answer's form allows; a token that it forces has 0 and 1.
     `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
     answered.
     """
@@ -49,7 +92,7 @@ class Token:
 
 @dataclass(frozen=True)
 class SkillQuery:
-    """An utterance for one skill; answered by a frame."""
+    """An utterance for one skill; answered by a frame, whatever form `Limits` asks for."""
 
     skill: str
     text: str
@@ -57,9 +100,14 @@ class SkillQuery:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, each message with `role` and `content`; answered by the next message."""
+    """A conversation and the functions that may be called; answered by the next message.
 
-    messages: tuple[Mapping[str, str], ...]
+    Each message has `role` and `content`; one of the assistant may have `tool_calls`, as chat templates expect them
+    (`{"function": {"name", "arguments": {…}}}`); role `tool` is what a function returned.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)
