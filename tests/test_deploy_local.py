@@ -206,8 +206,8 @@ def test_a_function_that_cannot_start_is_named_with_its_last_lines():
 
 
 def test_a_function_that_never_gets_ready_is_stopped():
-    made = Bundle(stack("edge", environment='{NEVER_READY: "1"}'), settings(ready_timeout_s=1.0), Log())
-    with pytest.raises(StartError, match=r"edge was not ready after 1 s \(its last answer: 503\)"):
+    made = Bundle(stack("edge", environment='{NEVER_READY: "1"}'), settings(ready_timeout_s=6.0), Log())
+    with pytest.raises(StartError, match=r"edge was not ready after 6 s \(its last answer: 503\)"):
         made.__enter__()
     assert all(p.exit_code is not None for p in made.processes)
 
