@@ -13,6 +13,8 @@ from models.runtime.tier import JsonForm, Tool, ToolUse
 MAX_SCHEMA_BYTES = 32_768
 MAX_SCHEMA_DEPTH = 32
 MAX_TOOLS = 64
+MAX_TOOLS_BYTES = 65_536
+"""Of all functions' schemas together."""
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Schema = dict[str, Any]

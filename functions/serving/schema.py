@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from functions.serving.form_schema import (
     MAX_TOOLS,
+    MAX_TOOLS_BYTES,
     JsonSchemaFormat,
     NamedChoice,
     ResponseFormat,
@@ -257,6 +258,14 @@ class ChatRequest(OpenAiCommon):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"there are two functions of the name '{twice}'")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _have_bounded_schemas(cls, value: list[ToolDefinition] | None) -> list[ToolDefinition] | None:
+        size = sum(len(tool.function.tool.parameters.encode()) for tool in value or ())
+        if size > MAX_TOOLS_BYTES:
+            raise ValueError(f"the functions' schemas have {size} bytes; send at most {MAX_TOOLS_BYTES}")
         return value
 
     @field_validator("tool_choice")
