@@ -302,12 +302,11 @@ def show(run: Run, chosen: Model, plan: Plan, console: Console) -> None:
     console.print(tables.engine_quality(run.rows, f"against {run.reference}, {run.texts} ids"))
     for text in tables.engine_notes(run.rows):
         console.print(text)
-    ceiling = run.ceiling
+    small, huge = tables.number(run.ceiling.small_pages), tables.number(run.ceiling.huge_pages)
     console.print(
-        f"memory is read at {tables.number(ceiling.small_pages)} GB/s in 4 KiB pages and "
-        f"{tables.number(ceiling.huge_pages)} in huge ones; medians of {plan.rounds} rounds of {plan.tokens} tokens; "
-        f"loads: {plan.loads}, to the first token; cold: at most {tables.percent(run.still_cached)} % of the files still "
-        "lay in the page cache"
+        f"memory is read at {small} GB/s in 4 KiB pages and {huge} in huge ones; medians of {plan.rounds} rounds of "
+        f"{plan.tokens} tokens; loads: {plan.loads}, to the first token; when cold, at most "
+        f"{tables.percent(run.still_cached)} % of the files still lay in the page cache"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from bench.memory import GB
 
 ALLOWED_KL = 0.01
+ALLOWED_IN_PIECES = 0.05
 SHORT, LONG = 128, 1024
 """Tokens in context when decoding is timed."""
 PROMPTS = (128, 512)
@@ -126,16 +127,19 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def fastest(rows: Iterable[Row], peer: str, most_kl: float | None = None) -> Row | None:
-    """The peer's row that decodes fastest at the short context among those that lose at most `most_kl`."""
-    fit = [
-        r
-        for r in rows
-        if r.peer == peer
-        and r.decode_short is not None
-        and (most_kl is None or (r.kl is not None and max(r.kl, r.kl_pieces or 0.0) <= most_kl))
-    ]
+def fastest(rows: Iterable[Row], peer: str, bar: Row | None = None, more: float = 0.0) -> Row | None:
+    """The peer's row that decodes fastest at the short context among those that lose at most `more` nats beyond `bar`.
+
+    No bar where it was not measured. Over many tokens at once only a gross loss counts: there are few positions.
+    """
+    fit = [r for r in rows if r.peer == peer and r.decode_short is not None]
+    if bar is not None:
+        fit = [r for r in fit if _within(r.kl, bar.kl, more) and _within(r.kl_pieces, bar.kl_pieces, ALLOWED_IN_PIECES)]
     return max(fit, key=lambda r: r.decode_short or 0.0, default=None)
+
+
+def _within(ours: float | None, theirs: float | None, more: float) -> bool:
+    return theirs is None or (ours is not None and ours <= theirs + more)
 
 
 @dataclass(frozen=True)
@@ -154,13 +158,8 @@ def picks(rows: Sequence[Row]) -> Picks:
     by_name = {r.name: r for r in rows}
     q4_0 = by_name.get("llama.cpp Q4_0")
     file = by_name.get("llama.cpp file", q4_0)
-    same = fastest(rows, "ours", _bar(file, ALLOWED_KL))
-    return Picks(file, q4_0, fastest(rows, "genai"), same, fastest(rows, "ours", _bar(q4_0, 0.0)))
-
-
-def _bar(theirs: Row | None, more: float) -> float | None:
-    """The divergence that ours may have at most; None, no bar, where theirs was not measured."""
-    return None if theirs is None or theirs.kl is None else theirs.kl + more
+    same = fastest(rows, "ours", file, ALLOWED_KL)
+    return Picks(file, q4_0, fastest(rows, "genai"), same, fastest(rows, "ours", q4_0))
 
 
 def headlines(rows: Sequence[Row]) -> dict[str, float | None]:

@@ -104,10 +104,10 @@ def engine_table(rows: Sequence[figures.Row], title: str) -> Table:
     ):
         table.add_column(name, justify="right")
     for r in _measured(rows):
-        speeds = map(number, (r.decode_short, r.decode_long, r.prefill_128, r.prefill_512))
+        rates = map(number, (r.decode_short, r.decode_long, r.prefill_128, r.prefill_512))
         ratios = (percent(r.bandwidth_share), number(r.together_ratio, 2))
-        loads = (number(r.cold_s, 2), number(r.warm_s, 2))
-        table.add_row(r.name, *speeds, *ratios, *loads, _megabytes(r.peak_bytes), _megabytes(r.weight_bytes))
+        seconds = (number(r.cold_s, 2), number(r.warm_s, 2))
+        table.add_row(r.name, *rates, *ratios, *seconds, _megabytes(r.peak_bytes), _megabytes(r.weight_bytes))
     return table
 
 
