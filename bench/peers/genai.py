@@ -15,8 +15,8 @@ from bench.peers import Entrant, Floats, Model, Reader
 from bench.peers.transformers import checkpoint
 from bench.peers.transformers import prepare as prepare_checkpoint
 
-OPTIONS = ("prune_lm_head=true", "fuse_mlp_gate_up=true")
-"""Last logits only, gate and up in one product: its best for speed."""
+OPTIONS = ("prune_lm_head=true",)
+"""Last logits only; all else is its default: fused queries, keys and values, activations in int8, head and table one."""
 SETTINGS = {"int4": (), "int4-head8": ("matmul_mixed_precision=last_matmul:int8",)}
 ABOUT = {"int4": "blocks of 32, head in 4 bits too", "int4-head8": "blocks of 32, 8-bit head"}
 
@@ -24,7 +24,7 @@ ABOUT = {"int4": "blocks of 32, head in 4 bits too", "int4-head8": "blocks of 32
 def entrants(model: Model) -> list[Entrant]:
     """Its default, and the same with an 8-bit head, as all others have it."""
     stem = model.home / f"genai-{version('onnxruntime-genai')}"
-    about = {name: f"{text}; last logits, fused gate-up" for name, text in ABOUT.items()}
+    about = {name: f"{text}; last logits only" for name, text in ABOUT.items()}
     return [Entrant("genai", name, Path(f"{stem}-{name}"), about[name]) for name in SETTINGS]
 
 

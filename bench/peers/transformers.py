@@ -41,8 +41,7 @@ def prepare(model: Model, _entrant: Entrant) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     loaded = AutoModelForCausalLM.from_pretrained(model.file.parent, gguf_file=model.file.name, dtype=torch.float32)
-    loaded.hf_quantizer = None
-    del loaded.config.quantization_config  # else it refuses to be saved
+    vars(loaded.config).pop("quantization_config", None)  # what names a quantisation is refused when it is saved
     part = out.with_name(out.name + ".part")
     loaded.save_pretrained(part, max_shard_size="8GB")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer(model.file)).save_pretrained(part)
