@@ -36,7 +36,8 @@ def prepare(model: Model, entrant: Entrant) -> None:
         exported = entrants(model)[0]
         prepare(model, exported)
         quantiser = ORTQuantizer.from_pretrained(exported.path, file_name=FILES["fp32"])
-        quantiser.quantize(part, AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True))
+        how = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+        quantiser.quantize(quantization_config=how, save_dir=part)
     part.rename(entrant.path)
 
 
