@@ -77,7 +77,8 @@ class _Reader(Greedy):
         self._past = None
 
     def logits(self, ids: Sequence[int]) -> Floats:
-        return self._read(ids, keep=1)[-1]
+        found: Floats = self._read(ids, keep=1)[-1]
+        return found
 
     def all_logits(self, ids: Sequence[int]) -> Floats:
         return np.concatenate([self._read(ids[at : at + CHUNK], keep=0) for at in range(0, len(ids), CHUNK)])
