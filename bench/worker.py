@@ -6,6 +6,7 @@ stopped by signal, so that no thread of it spins while another one computes.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -33,6 +34,9 @@ WARM_UP = 32
 WARM_STEPS = 4
 PIECE = 32
 """Ids read at once where the loss of the many-token path is measured."""
+MOST_WORDS = 200
+"""Characters of a library's complaint that are passed on."""
+PR_SET_PDEATHSIG = 1
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -78,8 +82,7 @@ class Worker:
         line = stdout.readline()
         if not line:
             self._process.wait()
-            lines = self._log.read_text("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-            raise ContenderError(f"{self.entrant.name} ended: {lines[-1]} (more in {self._log})")
+            raise ContenderError(f"{self.entrant.name} ended: {_last_words(self._log)}")
         self._process.send_signal(signal.SIGSTOP)
         answer: Answer = json.loads(line)
         return answer
@@ -97,8 +100,12 @@ def prepare(model: Model, entrant: Entrant, log: Path) -> None:
         command = [sys.executable, "-m", __name__, words]
         done = subprocess.run(command, stdout=errors, stderr=errors, check=False)  # noqa: S603
     if done.returncode:
-        lines = log.read_text("utf-8", "replace").strip().splitlines() or ["no reason given"]
-        raise ContenderError(f"{entrant.name} could not be prepared: {lines[-1]} (more in {log})")
+        raise ContenderError(f"{entrant.name} could not be prepared: {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").strip().splitlines() or ["no reason given"]
+    return f"{lines[-1][:MOST_WORDS]} (more in {log})"
 
 
 def _plain(value: Entrant | Model) -> dict[str, Any]:
@@ -268,7 +275,8 @@ def _model(values: Mapping[str, Any]) -> Model:
 
 
 def main(words: str) -> None:
-    """Prepare, or answer questions until there are no more."""
+    """Prepare, or answer questions until there are no more; dies with the process that asks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would not see its pipe close
     hello = json.loads(words)
     entrant = _entrant(hello["entrant"])
     if "model" in hello:

@@ -16,7 +16,7 @@ from bench.peers.transformers import checkpoint
 from bench.peers.transformers import prepare as prepare_checkpoint
 
 OPTIONS = ("prune_lm_head=true",)
-"""Last logits only; all else is its default: fused queries, keys and values, activations in int8, head and table one."""
+"""Last logits only; all else is its default: fused queries, keys and values, activations in int8, one tied table."""
 SETTINGS = {"int4": (), "int4-head8": ("algo_config=rtn_last",)}
 """The default rounding cannot share an 8-bit head with the embeddings in 0.15.2 (its graph does not load)."""
 ABOUT = {"int4": "blocks of 32, head in 4 bits too", "int4-head8": "blocks of 32, 8-bit head"}
