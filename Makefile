@@ -4,6 +4,8 @@ VENV := .venv
 TRAIN_VENV := .venv-train
 STAMP := $(VENV)/.installed
 TRAIN_STAMP := $(TRAIN_VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 PIP := -m pip --quiet --disable-pip-version-check
 SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	|| { echo "edgecascade needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -11,7 +13,7 @@ SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 NONE_IS_FINE = || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-torch lint format lock clean
+.PHONY: help demo up test test-slow test-torch lint format lock bench-peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +30,18 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(TRAIN_VENV), with torch …"
 	@$(PYTHON) -m venv $(TRAIN_VENV)
 	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train]'
+	@touch $@
+
+# llama-cpp-python comes as source: it is built for this very processor, and where it cannot be, its rows are left out.
+$(BENCH_STAMP): pyproject.toml constraints-bench.txt
+	@$(SEE_PYTHON)
+	@echo "installing into $(BENCH_VENV), with torch …"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python $(PIP) install -c constraints-bench.txt -e '.[bench]'
+	@echo "building llama.cpp (minutes) …"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+	  $(BENCH_VENV)/bin/python $(PIP) install -c constraints-bench.txt -e '.[bench-llama]' \
+	  || echo "llama.cpp could not be built (it needs cmake and a C++ compiler): its rows will be missing" >&2
 	@touch $@
 
 demo: $(STAMP) ## build, start the bundle, ask it 300 questions, print the table, stop
@@ -61,5 +75,7 @@ lock: $(STAMP) $(TRAIN_STAMP) ## write constraints.txt from what the two environ
 	  | sed 's/+cpu$$//' | sort -fu; } > constraints.new
 	@mv constraints.new constraints.txt
 
+bench-peers: $(BENCH_STAMP) ## what `bench engine` measures against, in its own .venv-bench
+
 clean: ## remove what was installed and built here
-	@rm -rf $(VENV) $(TRAIN_VENV) build var template *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) $(TRAIN_VENV) $(BENCH_VENV) build var template *.egg-info .*_cache .hypothesis

@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure a running service, or what a tier costs.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
@@ -327,6 +327,38 @@ def bench_seal(
     print_comparison(figures, as_json=as_json)
 
 
+@bench_app.command("engine")
+def engine(
+    peers: Annotated[str, typer.Option(help="Some of ours,llama.cpp,genai,optimum,transformers; all by default.")] = "",
+    shape: Annotated[str, typer.Option(help="smollm2, or random weights: qwen05, 1b.")] = "smollm2",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of everybody; figures are their medians.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each contender.")] = 2,
+    huge_pages: Annotated[bool, typer.Option(help="Start everybody with huge pages, as stack.yml starts ours.")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Shows that all runs; its figures are not to be quoted.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write speed and loss to this PNG, and an SVG beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure our engine against llama.cpp and others on the same weights, interleaved, quality included.
+
+    Examples: edgecascade bench engine --plot engine.png      edgecascade bench engine --quick --peers ours
+    """
+    from bench.engine import Plan, finish, measure, model, show
+    from bench.peers import chosen
+
+    names = chosen(peers)
+    plan = Plan(rounds=rounds, threads=threads, huge_pages=huge_pages)
+    plan = plan.quick() if quick else plan
+    with _bar("measuring") as report:
+        found = model(shape, lambda: _smollm2(report), _home() / "bench")
+        run = measure(found, names, plan, report)
+    console = _console(stderr=as_json)
+    if not as_json:
+        show(run, found, plan, console)
+    finish(run, plot, found.name, console, print)
+
+
 @app.command("fetch-data")
 def fetch_data(folder: Annotated[Path, typer.Argument(help="Where the sets go; what is there already stays.")]) -> None:
     """Download the three skill sets from where they are published.
@@ -464,6 +496,12 @@ def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:
     named = {"MODEL_KEY_FILE": key_file, "MODEL_KMS_KEY_ID": kms_key_id, "MODEL_PUBLIC_KEY": public_key}
     forbid_core_dumps()
     return open_keys(KeySettings.read(Environment({"MODEL_KEY": os.environ.get("MODEL_KEY", ""), **named})))
+
+
+def _smollm2(report: Any) -> Path:
+    from models.build.fetch import fetch_smollm2
+
+    return fetch_smollm2(_home() / "cache", report)
 
 
 def _home() -> Path:

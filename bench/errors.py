@@ -1,6 +1,7 @@
 """The exception tree of `bench`.
 
 BenchError
+├── ContenderError    a contender of `bench engine` that could not be prepared, opened or measured
 ├── QueryFileError    a file of queries that cannot be used
 └── ServiceError      the service under test cannot be reached, or refused a request
 """
@@ -8,6 +9,10 @@ BenchError
 
 class BenchError(Exception):
     """Base of all errors raised by `bench`; the message is one sentence that says what to do."""
+
+
+class ContenderError(BenchError):
+    """A contender's process ended before it answered."""
 
 
 class QueryFileError(BenchError):

@@ -1,4 +1,4 @@
-"""Figures as PNG files."""
+"""Figures as PNG files, and SVG where a page wants them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import figures
 from bench.load import Shot
 from bench.metrics import Point, Row
 
@@ -55,3 +56,31 @@ def load(shots: Sequence[Shot], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def engine(rows: Sequence[figures.Row], title: str, path: Path) -> list[Path]:
+    """Decoding speed of each contender, and against what its arithmetic loses; a PNG and an SVG beside each other."""
+    from matplotlib.figure import Figure
+
+    timed = sorted((r for r in rows if r.decode_short), key=lambda r: r.decode_short or 0.0)
+    figure = Figure(figsize=(12, 1.5 + 0.4 * max(len(timed), 6)), layout="constrained")
+    bars, spread = figure.subplots(1, 2)
+    names = [r.name for r in timed]
+    bars.barh(names, [r.decode_short or 0.0 for r in timed], label="128 tokens in context")
+    bars.barh(names, [r.decode_long or 0.0 for r in timed], height=0.35, label="1,024 tokens in context")
+    bars.set(xlabel="decoded tokens a second", title=title)
+    for r in timed:
+        if r.kl is not None:
+            spread.plot(r.kl, r.decode_short, "*" if r.peer == "ours" else "o", markersize=9)
+            spread.annotate(
+                r.name, (r.kl, r.decode_short or 0.0), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
+    spread.set_xscale("symlog", linthresh=1e-3)
+    spread.set(xlabel="mean KL to the dequantised weights, nats", ylabel="decoded tokens a second", ylim=(0, None))
+    bars.legend()
+    for axes in (bars, spread):
+        axes.grid(alpha=0.3)
+    written = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for file in written:
+        figure.savefig(file, dpi=120)
+    return written

@@ -8,7 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from bench import figures
 from bench.evaluate import Evaluation
+from bench.memory import GB
 from bench.metrics import Row
 
 NAMES = {
@@ -82,6 +84,57 @@ def load_line(figures: Mapping[str, Any]) -> str:
     seen = {name: figures[name] for name in ("requests", "answered", "errors", "sources")}
     words = [f"{name} {value}" for name, value in seen.items() if value]
     return ", ".join([*words, f"{number(figures['requests_per_s'])} answers a second"])
+
+
+def engine_table(rows: Sequence[figures.Row], title: str) -> Table:
+    """Speed in tokens a second, load time and memory of each contender."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in (
+        "decode 128",
+        "1k",
+        "prefill 128",
+        "512",
+        "% ceiling",
+        "4 : 1",
+        "cold s",
+        "warm s",
+        "peak MB",
+        "MB/token",
+    ):
+        table.add_column(name, justify="right")
+    for r in _measured(rows):
+        rates = map(number, (r.decode_short, r.decode_long, r.prefill_128, r.prefill_512))
+        ratios = (percent(r.bandwidth_share), number(r.together_ratio, 2))
+        seconds = (number(r.cold_s, 2), number(r.warm_s, 2))
+        table.add_row(r.name, *rates, *ratios, *seconds, _megabytes(r.peak_bytes), _megabytes(r.weight_bytes))
+    return table
+
+
+def engine_quality(rows: Sequence[figures.Row], title: str) -> Table:
+    """What each contender's arithmetic loses."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in ("mean KL", "in pieces of 32", "same best %", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("settings")
+    for r in _measured(rows):
+        losses = (number(r.kl, 4), number(r.kl_pieces, 4))
+        table.add_row(r.name, *losses, percent(r.top1), number(r.perplexity, 2), r.about)
+    return table
+
+
+def engine_notes(rows: Sequence[figures.Row]) -> list[str]:
+    """Who is not in the tables, or left on the way, and why."""
+    return [f"{r.name}: {r.skipped}" for r in rows if r.skipped]
+
+
+def _measured(rows: Sequence[figures.Row]) -> list[figures.Row]:
+    return [r for r in rows if r.weight_bytes]
+
+
+def _megabytes(size_bytes: int | None) -> str:
+    return "–" if size_bytes is None else f"{size_bytes * 1000 / GB:.0f}"
 
 
 def percent(value: float | None) -> str:

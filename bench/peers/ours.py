@@ -1,0 +1,86 @@
+"""Our engine on our artifacts; the one module of `bench` that opens `models`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from bench.peers import Entrant, Floats, Greedy, Model, Reader
+from models.artifact.names import HEAD, PLAIN
+from models.artifact.store import Artifact
+from models.build.assemble import build
+from models.build.gguf_source import GgufSource
+from models.runtime.engine import Decoder, Embeddings, EngineOptions, segments
+
+SEQUENCES = 8
+"""Sequences that may be open at once."""
+ABOUT = {
+    "int4": "the file's own grid, its 8-bit head",
+    "Q4_0": "the Q4_0 file's grid, 8-bit head",
+    "int8": "8 bits in blocks of 32",
+    "fp32": "the file's weights dequantised",
+}
+
+
+def entrants(model: Model) -> list[Entrant]:
+    """The file's grid, Q4_0's and int8."""
+    settings = ("int4", "int8") if model.same else ("int4", "Q4_0", "int8")
+    return [_entrant(model, setting) for setting in settings]
+
+
+def reference(model: Model) -> Entrant:
+    """The dequantised weights."""
+    return _entrant(model, "fp32")
+
+
+def _entrant(model: Model, setting: str) -> Entrant:
+    return Entrant("ours", setting, model.home / f"ours-{setting}", ABOUT[setting])
+
+
+def prepare(model: Model, entrant: Entrant) -> None:
+    """Build the artifact; one that is up to date is left."""
+    requantised = entrant.setting == "Q4_0"
+    source = GgufSource(model.q4_0 if requantised else model.file)
+    build(source, entrant.path, "int4" if requantised else entrant.setting, None, lambda _done, _total, _text: None)
+
+
+def tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file."""
+    return GgufSource(path).tokenizer()
+
+
+def warm_up() -> None:
+    """All imports stand above."""
+
+
+def load(entrant: Entrant, threads: int, context: int) -> Reader:
+    """Load the artifact."""
+    artifact = Artifact.open(entrant.path)
+    shape = artifact.manifest.architecture
+    options = EngineOptions(threads=threads, context=context, sequences=SEQUENCES)
+    embeddings = Embeddings(artifact.embeddings(), None, shape.width)
+    return _Reader(Decoder(shape, segments(artifact, PLAIN), embeddings, options))
+
+
+def weight_bytes(entrant: Entrant) -> int:
+    """Layers and head; a table of embeddings of its own is only looked up."""
+    files = Artifact.open(entrant.path).manifest.files
+    return sum(entry.size_bytes for name, entry in files.items() if name.startswith("layer-") or name == HEAD)
+
+
+class _Reader(Greedy):
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._lent = decoder.sequence()
+        self._sequence = self._lent.__enter__()
+
+    def reset(self) -> None:
+        self._sequence.reset()
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        return self._sequence.logits(ids)
+
+    def another(self) -> Reader:
+        return _Reader(self._decoder)
