@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +13,14 @@ from models.artifact.shape import LlamaShape
 from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
 
-SCHEMA = 1
+SCHEMA = 2
 QUANTISATIONS = ("int4", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "int": (int,), "float": (float, int), "str": (str,), "tuple[int, ...]": (list,), "tuple[float, ...]": (list,)
+}  # fmt: skip
+"""JSON types of an architecture's fields, by their annotations."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Manifest:
         values = {
             "schema": SCHEMA,
             "model": {"id": self.model_id, "version": self.model_version},
-            "architecture": vars(self.architecture),
+            "architecture": self.architecture.as_dict(),
             "quantisation": self.quantisation,
             "eos_ids": list(self.eos_ids),
             "chat_template": self.chat_template,
@@ -139,22 +143,28 @@ class _Keys:
             raise ArtifactError(f"the manifest's '{self._prefix}{key}' has the wrong type ({type(value).__name__})")
         return value
 
+    def holds(self, key: str) -> bool:
+        return key in self._values
+
     def finish(self) -> None:
         if self._values:
             raise ArtifactError(f"the manifest has the unknown key '{self._prefix}{min(self._values)}'")
 
 
 def _shape(keys: _Keys) -> LlamaShape:
-    floats = ("rope_theta", "norm_eps")
-    read = {
-        f.name: keys.take(f.name, int, float) if f.name in floats else keys.take(f.name, int)
+    given = {
+        f.name: keys.take(f.name, *_KINDS[str(f.type)])
         for f in fields(LlamaShape)
+        if f.default is MISSING or keys.holds(f.name)
     }
     keys.finish()
-    bad = [name for name, value in read.items() if value <= 0]
-    if bad:
-        raise ArtifactError(f"the manifest's 'architecture.{bad[0]}' is not positive")
-    return LlamaShape(**read)
+    for name in ("local_layers", "rope_divisors"):
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in given.get(name, ())):
+            raise ArtifactError(f"the manifest's 'architecture.{name}' may hold numbers only")
+    shape = LlamaShape.from_dict(given)
+    if fault := shape.fault():
+        raise ArtifactError(f"the manifest's 'architecture.{fault}' is not positive, or does not fit the other numbers")
+    return shape
 
 
 def _whole(key: str, values: list[Any]) -> list[int]:

@@ -102,6 +102,10 @@ class ArtifactWriter:
         """Write one safetensors file."""
         self.add_bytes(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
 
+    def tensors(self, name: str) -> dict[str, Array]:
+        """Read back one file that was added; nothing if there is none of that name."""
+        return read_tensors((self._folder / name).read_bytes(), name) if name in self._files else {}
+
     def add_grouped(self, tensors: Mapping[str, Array]) -> None:
         """Write tensors, all of the files' contents at once, into the files that their names say."""
         groups: dict[str, dict[str, Array]] = {}
@@ -117,9 +121,15 @@ class ArtifactWriter:
 
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
+    fresh = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as held:
+            yield Path(held)
+    except BaseException:
+        for parent in fresh:
+            parent.rmdir()
+        raise
 
 
 def write_artifact(path: Path, fill: Callable[[ArtifactWriter], Manifest]) -> Artifact:

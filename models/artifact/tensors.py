@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ _HEADER_LIMIT_BYTES = 100_000_000
 
 def read_tensors(data: bytes, where: str) -> dict[str, Array]:
     """Return read-only views on the tensors in `data`, bfloat16 widened to fp32; `ArtifactError` names `where`."""
+    return {name: read() for name, read in tensor_readers(data, where).items()}
+
+
+def tensor_readers(data: bytes | mmap.mmap, where: str) -> dict[str, Callable[[], Array]]:
+    """Like `read_tensors`, but each tensor is a function that reads it: a file may be larger than memory."""
     view = memoryview(data)
     start = 8 + int.from_bytes(view[:8], "little")
     if start > min(len(view), _HEADER_LIMIT_BYTES):
@@ -26,17 +32,19 @@ def read_tensors(data: bytes, where: str) -> dict[str, Array]:
     try:
         header = json.loads(bytes(view[8:start]))
         header.pop("__metadata__", None)
-        return {name: _tensor(view[start:], entry) for name, entry in header.items()}
+        return {name: _reader(view[start:], entry) for name, entry in header.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is not a whole safetensors file: {error}") from error
 
 
-def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Array:
+def _reader(body: memoryview, entry: Mapping[str, Any]) -> Callable[[], Array]:
     start, stop = entry["data_offsets"]
     kind, dims = np.dtype(_KINDS[entry["dtype"]]), entry["shape"]
     if not 0 <= start <= stop <= len(body) or stop - start != math.prod(dims) * kind.itemsize:
         raise ValueError("a tensor does not fit")
-    values = np.frombuffer(body[start:stop], kind).reshape(dims)
-    if entry["dtype"] == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
+
+    def read() -> Array:
+        values = np.frombuffer(body[start:stop], kind).reshape(dims)
+        return np.left_shift(values, np.uint32(16)).view(np.float32) if entry["dtype"] == "BF16" else values
+
+    return read

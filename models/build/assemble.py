@@ -1,4 +1,4 @@
-"""Build an artifact from a source: pack, measure what was lost, write. Needs no torch."""
+"""Build an artifact from a source: pack, write and measure, layer by layer. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from models.artifact.manifest import QUANTISATIONS, Energy, Manifest
 from models.artifact.names import LABELS, TOKENIZER, graph_file
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.adapter import Adapter
-from models.build.losses import Losses, describe, losses
-from models.build.pack import PackedModel, pack
+from models.build.graph import Dims
+from models.build.losses import Losses, describe
+from models.build.measure import Measurement
+from models.build.pack import Packing, graphs
 from models.build.progress import Report
+from models.build.quantise import Array
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
@@ -48,7 +51,7 @@ def build(
 
     The adapter stays beside the weights, so that chats meet the base model as it was, or is merged into them.
     `texts` are token sequences to measure the loss on. Raises `SourceError` or `ArtifactError`; whatever happens,
-    `out` holds the old artifact or the new one, never a part.
+    `out` holds the old artifact or the new one, never a part. One layer is in memory at a time.
     """
     if quant not in QUANTISATIONS:
         raise SourceError(f"quantisation '{quant}' is unknown; use one of {', '.join(QUANTISATIONS)}")
@@ -59,11 +62,14 @@ def build(
         report(1, 1, f"{out} is up to date; {describe(cached.manifest.losses)}")
         return cached
     head = _skill_head(source, added)
-    packed = _packed(source, quant, added, head, report, merge=merge)
-    found = {} if quant == "fp32" else _losses(source, packed, added, head, report, merge=merge, texts=texts)
-    manifest = _manifest(source, key, head, found)
-    report(1, 1, describe(found))
-    return write_artifact(out, lambda writer: _fill(writer, source, packed, head, manifest))
+    packing = Packing(
+        source, quant, added, merge, head.exits if head else (), head.exit_norms if head else None
+    )
+    packing.check()
+    measure = Measurement(packing, head, texts)
+    artifact = write_artifact(out, lambda writer: _fill(writer, packing, measure, head, key, report))
+    report(1, 1, describe(artifact.manifest.losses))
+    return artifact
 
 
 def _cached(out: Path, key: BuildKey) -> Artifact | None:
@@ -89,31 +95,49 @@ def _skill_head(source: TensorSource, adapter: Adapter | None) -> SkillHead | No
     return head
 
 
-def _packed(
-    source: TensorSource, quant: str, adapter: Adapter | None, head: SkillHead | None, report: Report, *, merge: bool
-) -> PackedModel:
-    exits, norms = (head.exits, head.exit_norms) if head else ((), None)
-    return pack(source, quant, adapter, report, merge=merge, exits=exits, exit_norms=norms)
-
-
-def _losses(
-    source: TensorSource,
-    packed: PackedModel,
-    adapter: Adapter | None,
+def _fill(
+    writer: ArtifactWriter,
+    packing: Packing,
+    measure: Measurement,
     head: SkillHead | None,
+    key: BuildKey,
     report: Report,
-    *,
-    merge: bool,
-    texts: Sequence[Sequence[int]],
-) -> Losses:
-    reference = _packed(source, "fp32", adapter, head, report, merge=merge)
-    report(0, 1, "comparing with fp32")
-    return losses(packed, reference, source.tokenizer(), head, texts)
+) -> Manifest:
+    """Write all files, each layer as soon as it is packed."""
+    source, shape, quant = packing.source, packing.shape, packing.quant
+    writer.add_bytes(TOKENIZER, json.dumps(json.loads(source.tokenizer().to_str()), ensure_ascii=False).encode())
+    dims: dict[str, Dims] = {}
+
+    def add(tensors: Mapping[str, Array]) -> None:
+        writer.add_grouped(tensors)
+        dims.update({name: value.shape for name, value in tensors.items()})
+
+    steps = shape.n_layers + 2
+    report(0, steps, f"{quant}: head and embeddings")
+    add(packing.top())
+    add(packing.embeddings())
+    measure.begin(writer)
+    for n in range(shape.n_layers):
+        tensors = packing.layer(n)
+        add(tensors)
+        measure.layer(n, tensors)
+        report(n + 1, steps, f"{quant}: layer {n + 1} of {shape.n_layers}")
+    for variant in packing.variants:
+        for number, (_, graph) in enumerate(graphs(shape, packing.exits, source.has_lm_head, dims, variant)):
+            writer.add_bytes(graph_file(variant, number), graph)
+    if head:
+        writer.add_tensors(LABELS, {"labels": head.labels, "inputs": head.inputs})
+    report(shape.n_layers + 1, steps, "comparing with the source")
+    found, checked = measure.end(writer)
+    return _manifest(source, key, head, found, checked)
 
 
-def _manifest(source: TensorSource, key: BuildKey, head: SkillHead | None, found: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    source: TensorSource, key: BuildKey, head: SkillHead | None, found: Losses, checked: Mapping[str, Any]
+) -> Manifest:
     stamp = "-".join([key.quantisation, key.source[:8], *([key.adapter[:8]] if key.adapter else [])])
     energy = Energy(**head.energy) if head and head.energy else Energy()
+    made = {"key": asdict(key), "with": {name: version(name) for name in ("edgecascade", "onnx", "numpy")}}
     base = Manifest(
         model_id=source.model_id,
         model_version=stamp,
@@ -124,20 +148,6 @@ def _manifest(source: TensorSource, key: BuildKey, head: SkillHead | None, found
         lm_head=source.has_lm_head,
         energy=energy,
         losses=found,
-        made={"key": asdict(key), "with": {name: version(name) for name in ("edgecascade", "onnx", "numpy")}},
+        made={**made, "checked": dict(checked)},
     )
     return replace(base, skills=head.skills, exits=head.exits, calibration=head.calibration) if head else base
-
-
-def _fill(
-    writer: ArtifactWriter, source: TensorSource, packed: PackedModel, head: SkillHead | None, manifest: Manifest
-) -> Manifest:
-    writer.add_bytes(TOKENIZER, json.dumps(json.loads(source.tokenizer().to_str()), ensure_ascii=False).encode())
-    for variant in packed.variants:
-        for number, segment in enumerate(packed.segments(variant)):
-            writer.add_bytes(graph_file(variant, number), segment.graph)
-    writer.add_grouped(packed.tensors)
-    if head:
-        arrays = {"labels": head.labels, "inputs": head.inputs}
-        writer.add_tensors(LABELS, arrays)
-    return manifest

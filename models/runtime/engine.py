@@ -138,11 +138,20 @@ def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
         raise ArtifactError(f"onnxruntime refuses layers {part.span.first} to {part.span.stop - 1}: {error}") from error
 
 
-def rotary_tables(shape: LlamaShape, positions: int) -> tuple[Floats, Floats]:
-    """Cosines and sines (positions, D/2) of the rotary embedding."""
-    frequencies = shape.rope_theta ** -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+def rotary_tables(shape: LlamaShape, positions: int) -> dict[str, Floats]:
+    """Cosines and sines (positions, D/2) of the rotary embedding, by their names in the graph."""
+    exponents = -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+    frequencies = shape.rope_theta**exponents / np.asarray(shape.rope_divisors or 1.0)
+    tables = _rotary("", frequencies, shape.rope_magnitude, positions)
+    if shape.local_rope_theta:
+        tables |= _rotary("local_", shape.local_rope_theta**exponents, 1.0, positions)
+    return tables
+
+
+def _rotary(kind: str, frequencies: NDArray[np.float64], magnitude: float, positions: int) -> dict[str, Floats]:
     angles = np.arange(positions)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    tables = {f"{kind}cos": np.cos(angles), f"{kind}sin": np.sin(angles)}
+    return {name: (magnitude * table).astype(np.float32) for name, table in tables.items()}
 
 
 class _Bound:
@@ -153,7 +162,7 @@ class _Bound:
         shape: LlamaShape,
         span: Span,
         session: ort.InferenceSession,
-        rotary: tuple[Floats, Floats],
+        rotary: Mapping[str, Floats],
         counters: tuple[Ints, Ints],
         context: int,
     ) -> None:
@@ -162,7 +171,8 @@ class _Bound:
         self._carries = span.stop < shape.n_layers
         self._kept: dict[str, Array] = {}
         self._n_tokens = 0
-        for name, value in zip(("last_position", "total_length", "cos", "sin"), (*counters, *rotary), strict=True):
+        counted = zip(("last_position", "total_length"), counters, strict=True)
+        for name, value in [*counted, *rotary.items()]:
             self._input(name, value)
         for layer in span.layers:
             for kind in ("key", "value"):
