@@ -14,11 +14,15 @@ from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
 
 SCHEMA = 2
+FUSED, EXPORTED = "fused", "exported"
+"""Our own graph, which extends key-value buffers in place; or somebody else's, which hands grown ones back."""
+GRAPHS = (FUSED, EXPORTED)
 QUANTISATIONS = ("int4", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS: Mapping[str, tuple[type, ...]] = {
-    "int": (int,), "float": (float, int), "str": (str,), "tuple[int, ...]": (list,), "tuple[float, ...]": (list,)
+    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,),
+    "tuple[int, ...]": (list,), "tuple[float, ...]": (list,),
 }  # fmt: skip
 """JSON types of an architecture's fields, by their annotations."""
 
@@ -61,6 +65,7 @@ class Manifest:
     losses: Mapping[str, Any] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    graph: str = FUSED
 
     @property
     def chats(self) -> bool:
@@ -78,6 +83,7 @@ class Manifest:
             "model": {"id": self.model_id, "version": self.model_version},
             "architecture": self.architecture.as_dict(),
             "quantisation": self.quantisation,
+            **({} if self.graph == FUSED else {"graph": self.graph}),
             "eos_ids": list(self.eos_ids),
             "chat_template": self.chat_template,
             "lm_head": self.lm_head,
@@ -120,6 +126,7 @@ def parse_manifest(text: str) -> Manifest:
         losses=top.take("losses", dict),
         made=top.take("made", dict),
         files=_files(top.take("files", dict)),
+        graph=top.take("graph", str) if top.holds("graph") else FUSED,
     )
     for keys in (top, model, energy):
         keys.finish()
@@ -197,6 +204,10 @@ def _check_values(manifest: Manifest) -> None:
         raise ArtifactError(
             f"the manifest's 'quantisation' is '{manifest.quantisation}'; use one of {', '.join(QUANTISATIONS)}"
         )
+    if manifest.graph not in GRAPHS:
+        raise ArtifactError(f"the manifest's 'graph' is '{manifest.graph}'; use one of {', '.join(GRAPHS)}")
+    if manifest.graph == EXPORTED and (manifest.skills or manifest.exits or not manifest.lm_head):
+        raise ArtifactError("the manifest's 'graph' is 'exported'; such a graph has neither skills nor exits")
     edges = [0, *manifest.exits, manifest.architecture.n_layers]
     if any(a >= b for a, b in pairwise(edges)):
         raise ArtifactError("the manifest's 'exits' must rise and lie inside the model")

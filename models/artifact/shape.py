@@ -19,7 +19,8 @@ class LlamaShape:
     base is `local_rope_theta` where there is one. In the other layers the frequency of pair i is divided by
     `rope_divisors[i]` (that is what context extensions such as Llama 3's come to), and cosines and sines are multiplied
     by `rope_magnitude`. `attention_scale` multiplies q·k, by default head_dim^-½; `embedding_scale` multiplies the
-    embeddings. With `n_experts` the MLP is a sparse mixture: each token goes to the `n_experts_used` best.
+    embeddings. With `n_experts` the MLP is a sparse mixture: each token goes to the `n_experts_used` best, whose
+    weights sum to 1 if they are `experts_normed`.
     """
 
     n_layers: int
@@ -42,6 +43,7 @@ class LlamaShape:
     activation: str = SILU
     n_experts: int = 0
     n_experts_used: int = 0
+    experts_normed: bool = False
 
     @property
     def query_width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import tempfile
@@ -12,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
 from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, TOKENIZER, file_of
-from models.artifact.tensors import Array, read_tensors
+from models.artifact.tensors import Array, read_tensors, tensor_pieces
 from models.errors import ArtifactError
 
 
@@ -99,8 +99,13 @@ class ArtifactWriter:
         self._files[name] = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
 
     def add_tensors(self, name: str, tensors: Mapping[str, Array]) -> None:
-        """Write one safetensors file."""
-        self.add_bytes(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+        """Write one safetensors file, tensor by tensor."""
+        digest, size_bytes = hashlib.sha256(), 0
+        with (self._folder / name).open("wb") as file:
+            for piece in tensor_pieces(tensors):
+                digest.update(piece)
+                size_bytes += file.write(piece)
+        self._files[name] = FileEntry(digest.hexdigest(), size_bytes)
 
     def tensors(self, name: str) -> dict[str, Array]:
         """Read back one file that was added; nothing if there is none of that name."""
@@ -140,6 +145,17 @@ def write_artifact(path: Path, fill: Callable[[ArtifactWriter], Manifest]) -> Ar
     """
     if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"{path} is there and is not an artifact; name another place or remove it")
+    try:
+        return _write(path, fill)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise ArtifactError(
+                f"there is no space left for {path}; nothing was written: free some and try again"
+            ) from error
+        raise
+
+
+def _write(path: Path, fill: Callable[[ArtifactWriter], Manifest]) -> Artifact:
     with _folder_beside(path) as folder:
         fresh, old = folder / "new", folder / "old"
         fresh.mkdir()

@@ -18,12 +18,17 @@ from models.build.losses import Losses, describe
 from models.build.measure import Measurement
 from models.build.pack import Packing, graphs
 from models.build.progress import Report
+from models.build.prune import Pruning
 from models.build.quantise import Array
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
 BUILDER = 1
 """Raised whenever the same source would give another artifact: cached builds are then made again."""
+
+
+OWN, OPTIMUM = "own", "optimum"
+"""Who makes the graph: `models.build.graph`, or optimum's exporter."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class BuildKey:
     adapter: str | None
     quantisation: str
     merged: bool
+    pruned_layers: int = 0
+    via: str = OWN
     builder: int = BUILDER
 
 
@@ -46,40 +53,45 @@ def build(
     *,
     merge: bool = False,
     texts: Sequence[Sequence[int]] = (),
+    prune: int = 0,
 ) -> Artifact:
     """Write the artifact of `source` to `out` and return it; an equal one that is there already is returned as it is.
 
     The adapter stays beside the weights, so that chats meet the base model as it was, or is merged into them.
-    `texts` are token sequences to measure the loss on. Raises `SourceError` or `ArtifactError`; whatever happens,
-    `out` holds the old artifact or the new one, never a part. One layer is in memory at a time.
+    `texts` are token sequences to measure the loss on; `prune` drops so many layers first. Raises `SourceError` or
+    `ArtifactError`; whatever happens, `out` holds the old artifact or the new one, never a part. One layer is in
+    memory at a time.
     """
     if quant not in QUANTISATIONS:
         raise SourceError(f"quantisation '{quant}' is unknown; use one of {', '.join(QUANTISATIONS)}")
     added = Adapter.open(adapter) if adapter else None
-    key = BuildKey(source.digest(), added.digest if added else None, quant, merge and added is not None)
-    cached = _cached(out, key)
+    key = BuildKey(source.digest(), added.digest if added else None, quant, merge and added is not None, prune)
+    cached = up_to_date(out, key, report)
     if cached:
-        report(1, 1, f"{out} is up to date; {describe(cached.manifest.losses)}")
         return cached
     head = _skill_head(source, added)
-    packing = Packing(
-        source, quant, added, merge, head.exits if head else (), head.exit_norms if head else None
-    )
+    pruning = Pruning.of(source, prune, head, texts, report) if prune else None
+    source = pruning.source if pruning else source
+    packing = Packing(source, quant, added, merge, head.exits if head else (), head.exit_norms if head else None)
     packing.check()
     measure = Measurement(packing, head, texts)
-    artifact = write_artifact(out, lambda writer: _fill(writer, packing, measure, head, key, report))
+    artifact = write_artifact(out, lambda writer: _fill(writer, packing, measure, head, key, pruning, report))
     report(1, 1, describe(artifact.manifest.losses))
     return artifact
 
 
-def _cached(out: Path, key: BuildKey) -> Artifact | None:
+def up_to_date(out: Path, key: BuildKey, report: Report) -> Artifact | None:
+    """Return the artifact in `out` if it is whole and was made by the same key."""
     try:
         artifact = Artifact.open(out)
     except ArtifactError:
         return None
     sizes = {name: out / name for name in artifact.manifest.files}
     whole = all(p.is_file() and p.stat().st_size == artifact.manifest.files[n].size_bytes for n, p in sizes.items())
-    return artifact if whole and artifact.manifest.made.get("key") == asdict(key) else None
+    if not whole or artifact.manifest.made.get("key") != asdict(key):
+        return None
+    report(1, 1, f"{out} is up to date; {describe(artifact.manifest.losses)}")
+    return artifact
 
 
 def _skill_head(source: TensorSource, adapter: Adapter | None) -> SkillHead | None:
@@ -101,6 +113,7 @@ def _fill(
     measure: Measurement,
     head: SkillHead | None,
     key: BuildKey,
+    pruning: Pruning | None,
     report: Report,
 ) -> Manifest:
     """Write all files, each layer as soon as it is packed."""
@@ -129,11 +142,15 @@ def _fill(
         writer.add_tensors(LABELS, {"labels": head.labels, "inputs": head.inputs})
     report(shape.n_layers + 1, steps, "comparing with the source")
     found, checked = measure.end(writer)
-    return _manifest(source, key, head, found, checked)
+    if pruning:
+        return _manifest(
+            source, key, head, found | pruning.losses, {"checked": checked, "pruned": pruning.choice.as_dict()}
+        )
+    return _manifest(source, key, head, found, {"checked": checked})
 
 
 def _manifest(
-    source: TensorSource, key: BuildKey, head: SkillHead | None, found: Losses, checked: Mapping[str, Any]
+    source: TensorSource, key: BuildKey, head: SkillHead | None, found: Losses, more: Mapping[str, Any]
 ) -> Manifest:
     stamp = "-".join([key.quantisation, key.source[:8], *([key.adapter[:8]] if key.adapter else [])])
     energy = Energy(**head.energy) if head and head.energy else Energy()
@@ -148,6 +165,6 @@ def _manifest(
         lm_head=source.has_lm_head,
         energy=energy,
         losses=found,
-        made={**made, "checked": dict(checked)},
+        made={**made, **more},
     )
     return replace(base, skills=head.skills, exits=head.exits, calibration=head.calibration) if head else base

@@ -37,6 +37,8 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_MIXTRAL = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}
+_QWEN_EXPERT = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 _FUSED = {
     "self_attn.qkv_proj": ("attn_q", "attn_k", "attn_v"),
     "mlp.gate_up_proj": ("ffn_gate", "ffn_up"),
@@ -59,7 +61,8 @@ class Family:
     """One `model_type`.
 
     `layer` names a layer's tensors, `fused` those that hold several parts one below the other; `tied` is what a config
-    without `tie_word_embeddings` means; of norms that multiply by 1 + w, `norm_offset` is the 1.
+    without `tie_word_embeddings` means; of norms that multiply by 1 + w, `norm_offset` is the 1. `experts` are where
+    those of a mixture lie, and what each of their matrices (`blk.3.ffn_up.7.weight`) is called there.
     """
 
     shape: Callable[[Config], LlamaShape]
@@ -67,14 +70,18 @@ class Family:
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tied: bool = False
     norm_offset: float = 0.0
+    experts: tuple[str, Mapping[str, str]] = ("", {})
 
     def stored(self, name: str, shape: LlamaShape) -> Stored:
         """Say where the tensor of a GGUF name lies."""
         stem, _, kind = name.rpartition(".")
         if not stem.startswith("blk."):
             return Stored(f"{_TOP.get(stem, stem)}.{kind}")
-        _, layer, part = stem.split(".")
+        _, layer, part, *expert = stem.split(".")
         at = f"model.layers.{layer}"
+        if expert:
+            folder, parts_of = self.experts
+            return Stored(f"{at}.{folder}.{expert[0]}.{parts_of.get(part, part)}.{kind}")
         for whole, parts in self.fused.items():
             if part in parts:
                 rows = [_rows(p, shape) for p in parts]
@@ -201,12 +208,36 @@ def _gemma3(config: Config) -> LlamaShape:
     return replace(local, local_rope_theta=float(config["rope_local_base_freq"])) if local.local_layers else local
 
 
+def _mixtral(config: Config) -> LlamaShape:
+    return _experts(_everywhere(config), config, "num_local_experts", normed=True)
+
+
+def _qwen3_moe(config: Config) -> LlamaShape:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise SourceError("the model mixes layers with experts and without, which is not supported")
+    shape = replace(_upper(config), mlp_width=int(config["moe_intermediate_size"]))
+    return _experts(shape, config, "num_experts", normed=bool(config.get("norm_topk_prob")))
+
+
+def _experts(shape: LlamaShape, config: Config, count: str, *, normed: bool) -> LlamaShape:
+    used = int(config["num_experts_per_tok"])
+    return replace(shape, n_experts=int(config[count]), n_experts_used=used, experts_normed=normed)
+
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_plain),
     "mistral": Family(_everywhere),
     "qwen2": Family(_upper),
     "qwen3": Family(_upper, layer={**_LAYER, **_HEAD_NORMS}),
     "phi3": Family(_everywhere, fused=_FUSED),
+    "mixtral": Family(
+        _mixtral,
+        layer={**_LAYER, "ffn_gate_inp": "block_sparse_moe.gate"},
+        experts=("block_sparse_moe.experts", _MIXTRAL),
+    ),
+    "qwen3_moe": Family(
+        _qwen3_moe, layer={**_LAYER, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"}, experts=("mlp.experts", _QWEN_EXPERT)
+    ),
     "gemma3_text": Family(_gemma3, layer={**_LAYER, **_HEAD_NORMS, **_SANDWICH}, tied=True, norm_offset=1.0),
 }
 """By `model_type` of a Hugging Face config."""

@@ -17,6 +17,7 @@ from models.artifact.names import BLOCK, Span, file_of
 from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
+BYTE = 8
 CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
@@ -99,7 +100,7 @@ class _Builder:
             attended = self._attention(n, self.project(f"{at}.qkv", h, self._shape.width))
             out = self._post_norm(n, "attn", self.project(f"{at}.out", attended, self._shape.query_width))
             h, carried = self._add_and_norm(f"{at}.attn", out, carried, f"{at}.mlp_norm")
-            down = self._post_norm(n, "mlp", self.project(f"{at}.down", self._gated(n, h), self._shape.mlp_width))
+            down = self._post_norm(n, "mlp", self._mlp(n, h))
             h, carried = self._add_and_norm(f"{at}.mlp", down, carried, next_norm)
         return h, carried
 
@@ -173,9 +174,7 @@ class _Builder:
         """Rotate queries and keys."""
         s, at = self._shape, f"layers.{n}"
         rotated = [
-            self.node(
-                "RotaryEmbedding", [x, self._start(), *tables], [f"{at}.{p}_rotated"], CONTRIB, num_heads=heads
-            )
+            self.node("RotaryEmbedding", [x, self._start(), *tables], [f"{at}.{p}_rotated"], CONTRIB, num_heads=heads)
             for x, p, heads in zip(read, "qk", (s.n_heads, s.n_kv_heads), strict=False)
         ]
         return [*rotated, read[2]]
@@ -187,6 +186,36 @@ class _Builder:
             count = self.node("Shape", ["x"], ["n_tokens"], start=1, end=2)
             self.node("Sub", [total, count], ["start"])
         return "start"
+
+    def _mlp(self, n: int, h: str) -> str:
+        if self._shape.n_experts:
+            return self._mixture(n, h)
+        return self.project(f"layers.{n}.down", self._gated(n, h), self._shape.mlp_width)
+
+    def _mixture(self, n: int, h: str) -> str:
+        """A sparse mixture of experts; onnxruntime's operator wants tokens in rows, gate and up interleaved."""
+        s, at = self._shape, f"layers.{n}"
+        router = self.project(f"{at}.router", h, s.width)
+        rows = [
+            self.node("Reshape", [x, self.constant(f"rows_of_{width}", [-1, width])], [f"{x}.rows"])
+            for x, width in ((h, s.width), (router, s.n_experts))
+        ]
+        experts = [f"{at}.experts_gate_up", f"{at}.experts_down"]
+        common = {
+            "k": s.n_experts_used, "normalize_routing_weights": int(s.experts_normed), "activation_type": "swiglu",
+            "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0,
+        }  # fmt: skip
+        if f"{experts[0]}.w" in self._tensors:
+            first, second = (self.weight(f"{name}.w") for name in experts)
+            y = self.node("MoE", [*rows, first, "", second], [f"{at}.mixed_rows"], CONTRIB, **common)
+        else:
+            codes, scales = ([self.weight(f"{name}.{key}") for name in experts] for key in ("q", "scale"))
+            bits = self._tensors[codes[0]][-1] * BYTE // s.width
+            inputs = [*rows, codes[0], scales[0], "", codes[1], scales[1]]
+            y = self.node(
+                "QMoE", inputs, [f"{at}.mixed_rows"], CONTRIB, **common, expert_weight_bits=bits, block_size=BLOCK
+            )
+        return self.node("Reshape", [y, self.constant(f"whole_{s.width}", [1, -1, s.width])], [f"{at}.mixed"])
 
     def _gated(self, n: int, h: str) -> str:
         at = f"layers.{n}"

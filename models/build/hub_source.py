@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,15 @@ from models.errors import ArtifactError, SourceError
 INDEX = "model.safetensors.index.json"
 
 
-class HubSource:
-    """An open folder; raises `SourceError` with one sentence for anything it cannot take."""
+class HubFolder:
+    """What a folder says besides its weights; raises `SourceError` with one sentence if that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with _told(path):
             self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
             self._tokenizer_json = (path / "tokenizer.json").read_text("utf-8")
-            self._family = family_of(self.config)
-            self.shape: LlamaShape = self._family.shape(self.config)
-            self._files = _tensor_files(path)
-            self._tensors: dict[str, Callable[[], Array]] = {}
-            for file in self._files:
-                self._tensors |= tensor_readers(_mapped(file), str(file))
-        except OSError as error:
-            raise SourceError(f"{path} is not a whole model folder: {error.filename} cannot be read") from error
-        except (AttributeError, ValueError, KeyError, TypeError, ArtifactError) as error:
-            raise SourceError(f"{path} is damaged: {error}") from error
-        if fault := self.shape.fault():
-            raise SourceError(f"{path} is damaged: its config gives a '{fault}' that cannot be")
+            self.files = _tensor_files(path)
 
     @property
     def model_id(self) -> str:
@@ -71,7 +61,7 @@ class HubSource:
         """SHA-256 over config, tokenizer and weights, in hex."""
         parts = [json.dumps(self.config, sort_keys=True).encode(), self._tokenizer_json.encode()]
         digests = [hashlib.sha256(part).digest() for part in parts]
-        for file in self._files:
+        for file in self.files:
             with file.open("rb") as opened:
                 digests.append(hashlib.file_digest(opened, "sha256").digest())
         return hashlib.sha256(b"".join(digests)).hexdigest()
@@ -79,6 +69,26 @@ class HubSource:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer.from_str(self._tokenizer_json)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found
+
+
+class HubSource(HubFolder):
+    """A folder of a family that has a fused graph; raises `SourceError` for anything it cannot take."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._tensors: dict[str, Callable[[], Array]] = {}
+        with _told(path):
+            self._family = family_of(self.config)
+            self.shape: LlamaShape = self._family.shape(self.config)
+            for file in self.files:
+                self._tensors |= tensor_readers(_mapped(file), str(file))
+        if fault := self.shape.fault():
+            raise SourceError(f"{path} is damaged: its config gives a '{fault}' that cannot be")
 
     def has(self, name: str) -> bool:
         """Whether the tensor is there; a tied head is not."""
@@ -94,12 +104,20 @@ class HubSource:
         values = np.asarray(self._tensors[at.name](), np.float32)
         if at.count:
             return values[at.first : at.first + at.count]
-        return values + np.float32(self._family.norm_offset) if values.ndim == 1 and self._family.norm_offset else values
+        return (
+            values + np.float32(self._family.norm_offset) if values.ndim == 1 and self._family.norm_offset else values
+        )
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return found
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a folder is read into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path} is not a whole model folder: {error.filename} cannot be read") from error
+    except (AttributeError, ValueError, KeyError, TypeError, ArtifactError) as error:
+        raise SourceError(f"{path} is damaged: {error}") from error
 
 
 def _tensor_files(path: Path) -> list[Path]:

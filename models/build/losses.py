@@ -65,7 +65,7 @@ tell me a joke about penguins
 
 @dataclass(frozen=True)
 class Probe:
-    """Token sequences to measure on: `tokens` through the vocabulary head, `intents` (skill, ids) through the labels."""
+    """Token sequences to measure on: `tokens` by the vocabulary head, `intents` (skill, ids) by the labels."""
 
     tokens: Sequence[Sequence[int]] = ()
     intents: Sequence[tuple[str, Sequence[int]]] = ()
@@ -144,13 +144,15 @@ class Tally:
         }
 
 
-def token_losses(ours: Side, our_head: LayerwiseHead, reference: Side, reference_head: LayerwiseHead) -> Losses:
+def token_losses(
+    ours: Side, our_head: LayerwiseHead, reference: Side, reference_head: LayerwiseHead, name: str = "token"
+) -> Losses:
     """Compare the next-token distributions at every position of the probe's texts."""
     tally = Tally()
     for mine, theirs in zip(ours.tokens(), reference.tokens(), strict=True):
         for a, b in zip(our_head.rows(mine), reference_head.rows(theirs), strict=True):
             tally.add(a, b)
-    return tally.losses("token")
+    return tally.losses(name)
 
 
 def intent_losses(ours: Side, reference: Side, head: SkillHead) -> Losses:
@@ -204,9 +206,9 @@ def _prompts(head: SkillHead, tokenizer: Tokenizer, vocab_size: int) -> list[tup
 def describe(found: Mapping[str, Any]) -> str:
     """One line for people."""
     parts = [
-        f"{what}s: mean KL {found[f'{what}_mean_kl']:.4f}, top-1 agreement {found[f'{what}_top1_agreement']:.3f} "
+        f"{title}: mean KL {found[f'{what}_mean_kl']:.4f}, top-1 agreement {found[f'{what}_top1_agreement']:.3f} "
         f"over {found[f'{what}_positions']} positions"
-        for what in ("token", "intent")
+        for what, title in (("token", "tokens"), ("intent", "intents"), ("pruning", "dropped layers, against all"))
         if f"{what}_mean_kl" in found
     ]
     return "loss against fp32: " + ("; ".join(parts) or "none, this is fp32")

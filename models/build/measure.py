@@ -47,9 +47,7 @@ class Measurement:
         quantised = packing.quant != "fp32"
         self._ours = Side(source.shape, found, packing.split, exact=False) if quantised else None
         extra = [case.ids for case in self._expected] or prompts
-        self._reference = Side(
-            source.shape, found if quantised else Probe(), packing.split, exact=True, extra=extra
-        )
+        self._reference = Side(source.shape, found if quantised else Probe(), packing.split, exact=True, extra=extra)
         self._final_norm = np.asarray(source.tensor("output_norm.weight"), np.float32)
 
     def begin(self, written: Written) -> None:

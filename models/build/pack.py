@@ -12,7 +12,7 @@ from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
 from models.build.graph import FAST_ACTIVATIONS, Dims, decoder_graph
 from models.build.progress import Report
-from models.build.quantise import Array, operands, outputs_and_blocks
+from models.build.quantise import Array, expert_operands, operands, outputs_and_blocks
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
@@ -33,7 +33,7 @@ MORE_NORMS = {
     "mlp_post_norm": "post_ffw_norm",
 }
 """The norms that some families have."""
-UNSUPPORTED = ("blk.0.ffn_gate_inp.weight", "blk.0.attn_sinks.weight", "per_layer_token_embd.weight")
+UNSUPPORTED = ("blk.0.attn_sinks.weight", "blk.0.ffn_gate_inp_shexp.weight", "per_layer_token_embd.weight")
 """Tensors of relatives of Llama that this graph would silently compute wrongly."""
 
 
@@ -65,7 +65,12 @@ class Packing:
 
     def check(self) -> None:
         """Raise `SourceError` if the source has tensors that the graph does not know."""
-        strange = [name for name in UNSUPPORTED if self.source.has(name)]
+        if self.shape.n_experts and self.adapter:
+            raise SourceError("an adapter does not fit a mixture of experts")
+        if self.shape.n_experts and self.quant != "fp32" and (self.shape.width % 32 or self.shape.mlp_width % 32):
+            raise SourceError("experts whose widths are no multiples of 32 cannot be quantised; use --quant fp32")
+        unknown = UNSUPPORTED if self.shape.n_experts else (*UNSUPPORTED, "blk.0.ffn_gate_inp.weight")
+        strange = [name for name in unknown if self.source.has(name)]
         if strange:
             raise SourceError(f"the model has the tensor '{strange[0]}', which is not supported")
 
@@ -73,12 +78,14 @@ class Packing:
         """Tensors of layer `n`; raises `SourceError` if one is absent or misshapen."""
         tensors: dict[str, Array] = {}
         updates = self.adapter.updates(n) if self.adapter else {}
-        for site in SITES:
+        for site in SITES if not self.shape.n_experts else SITES[:2]:
             update = updates.get(site)
             tensors |= self._site(n, site, update.b @ update.a if update and self.merge else None)
             if update and not self.merge:
                 tensors |= {f"adapter.{n}.{site}.a": update.a, f"adapter.{n}.{site}.b": update.b}
         tensors |= self._norms(n)
+        if self.shape.n_experts:
+            tensors |= self._mixture(n)
         if self.exit_norms is not None and n + 1 in self.exits:
             tensors[f"layers.{n}.exit_norm"] = self.exit_norms[self.exits.index(n + 1)]
         return tensors
@@ -104,12 +111,33 @@ class Packing:
         n_in, n_out = site_widths(self.shape)[site]
         found = operands(self.source, weights, self.quant, extra)
         if outputs_and_blocks(found) != (n_out, -(-n_in // 32)):
-            raise SourceError(f"the tensors {', '.join(weights)} do not have the shape that the model's numbers ask for")
+            raise SourceError(
+                f"the tensors {', '.join(weights)} do not have the shape that the model's numbers ask for"
+            )
         if any(self.source.has(f"{name}.bias") for name in names):
             found["bias"] = np.concatenate([self.source.tensor(f"{name}.bias") for name in names])
             if found["bias"].shape != (n_out,):
                 raise SourceError(f"the biases of {', '.join(names)} do not have the shape that the matrices ask for")
         return {f"layers.{n}.{site}.{key}": value for key, value in found.items()}
+
+    def _mixture(self, n: int) -> dict[str, Array]:
+        """Router in fp32, and the experts one below the other: gate and up (E, 2M, C) interleaved, down (E, C, M)."""
+        s = self.shape
+        found: dict[str, Array] = {"router.w": self.source.tensor(f"blk.{n}.ffn_gate_inp.weight")}
+        gate_up: list[dict[str, Array]] = []
+        down: list[dict[str, Array]] = []
+        for expert in range(s.n_experts):
+            gate, up, last = (
+                self.source.tensor(f"blk.{n}.ffn_{part}.{expert}.weight") for part in ("gate", "up", "down")
+            )
+            both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[-1])
+            if both.shape != (2 * s.mlp_width, s.width) or last.shape != (s.width, s.mlp_width):
+                raise SourceError(f"expert {expert} of layer {n} does not have the shape that the numbers ask for")
+            gate_up.append(expert_operands(both, self.quant))
+            down.append(expert_operands(last, self.quant))
+        for name, parts in (("experts_gate_up", gate_up), ("experts_down", down)):
+            found |= {f"{name}.{key}": np.stack([part[key] for part in parts]) for key in parts[0]}
+        return {f"layers.{n}.{key}": value for key, value in found.items()}
 
     def _norms(self, n: int) -> dict[str, Array]:
         there = {name: origin for name, origin in MORE_NORMS.items() if self.source.has(f"blk.{n}.{origin}.weight")}

@@ -54,6 +54,15 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
     return joined
 
 
+def expert_operands(weights: Floats, quant: str) -> dict[str, Array]:
+    """Operands of one expert's matrix (N, K) as the mixture's operator reads them: codes (N, K or K/2), no blocks."""
+    bits = BITS.get(quant)
+    if bits is None:
+        return {"w": weights}
+    found = symmetric(weights, bits)
+    return {"q": found["q"].reshape(len(weights), -1), "scale": found["scale"]}
+
+
 def _matrices(source: TensorSource, names: Sequence[str], extra: Floats | None) -> Iterator[Floats]:
     """The named matrices, one at a time, each with its rows of `extra` added."""
     row = 0

@@ -116,8 +116,27 @@ def _layer(w: _Layer, x: Floats, local: bool) -> Floats:
     h = w.norm("attn_norm", x)
     x = x + w.norm("post_attention_norm", w.product("attn_output", _attend(w, h, local)))
     h = w.norm("ffn_norm", x)
+    mlp = _mixture(w, h) if w.shape.n_experts else _mlp(w, h, "")
+    return x + w.norm("post_ffw_norm", mlp)
+
+
+def _mlp(w: _Layer, h: Floats, expert: str) -> Floats:
     act = ACTIVATIONS[w.shape.activation]
-    return x + w.norm("post_ffw_norm", w.product("ffn_down", act(w.product("ffn_gate", h)) * w.product("ffn_up", h)))
+    gated = act(w.product(f"ffn_gate{expert}", h)) * w.product(f"ffn_up{expert}", h)
+    return w.product(f"ffn_down{expert}", gated)
+
+
+def _mixture(w: _Layer, h: Floats) -> Floats:
+    """Each token's best experts, weighed by the softmax over all of them (Shazeer et al. 2017, arXiv 1701.06538)."""
+    scores = w.product("ffn_gate_inp", h)
+    chances = np.exp(scores - scores.max(-1, keepdims=True))
+    chances /= chances.sum(-1, keepdims=True)
+    lowest = np.sort(chances, -1)[:, -w.shape.n_experts_used, None]
+    shares = np.where(chances >= lowest, chances, 0)
+    if w.shape.experts_normed:
+        shares /= shares.sum(-1, keepdims=True)
+    parts = [shares[:, e, None] * _mlp(w, h, f".{e}") for e in range(w.shape.n_experts)]
+    return np.asarray(sum(parts), np.float32)
 
 
 def _attend(w: _Layer, h: Floats, local: bool) -> Floats:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -35,6 +35,31 @@ class EngineOptions:
     spin: bool = True
     context: int = 2048
     sequences: int = 4
+
+
+class TextSequence(Protocol):
+    """A growing token sequence: what text is written with."""
+
+    length: int
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return logits (V,) for the next token; raises `PromptTooLongError` if they do not fit."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+
+class TextEngine(Protocol):
+    """A loaded model that writes text, whatever graph it has; `context` in tokens."""
+
+    context: int
+
+    def sequence(self) -> AbstractContextManager[TextSequence]:
+        """Lend an empty sequence; waits while all are in use."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +179,17 @@ def _rotary(kind: str, frequencies: NDArray[np.float64], magnitude: float, posit
     return {name: (magnitude * table).astype(np.float32) for name, table in tables.items()}
 
 
+def chunks(ids: Sequence[int], context: int, room: int) -> Iterator[Sequence[int]]:
+    """Cut ids into pieces that go through a model at once; raises `PromptTooLongError` if they do not fit."""
+    if not ids:
+        raise PromptTooLongError("the prompt has no tokens", "messages")
+    if len(ids) > room:
+        raise PromptTooLongError(
+            f"the prompt is longer than the model's context of {context} tokens; shorten it", "messages"
+        )
+    return (ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK))
+
+
 class _Bound:
     """A segment's session with one sequence's buffers bound to it."""
 
@@ -253,14 +289,7 @@ class TokenSequence:
         return state, self._decoder.shape.n_layers
 
     def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        if not ids:
-            raise PromptTooLongError("the prompt has no tokens", "messages")
-        if len(ids) > self.room:
-            limit = self._decoder.context
-            raise PromptTooLongError(
-                f"the prompt is longer than the model's context of {limit} tokens; shorten it", "messages"
-            )
-        return (ids[at : at + CHUNK] for at in range(0, len(ids), CHUNK))
+        return chunks(ids, self._decoder.context, self.room)
 
     def _through(self, ids: Sequence[int]) -> None:
         for _ in self._steps(ids):

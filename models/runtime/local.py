@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.artifact.manifest import Manifest
+from models.artifact.manifest import EXPORTED, Manifest
 from models.artifact.names import FRAMES, PLAIN, graph_file
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Vocabulary, decode
-from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
+from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TextEngine, TokenSequence, segments
+from models.runtime.exported import ExportedDecoder
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, Token
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
@@ -98,7 +99,7 @@ class SkillReader:
 class TextWriter:
     """Answers chats and completions with text."""
 
-    def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
         template = artifact.manifest.chat_template
         self._template = ChatTemplate(template) if template else None
@@ -162,12 +163,15 @@ class LocalTier:
         m = artifact.manifest
         options = EngineOptions(threads=threads, spin=spin, context=context)
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
+        card = _card(name, m, min(context, m.architecture.context))
+        if m.graph == EXPORTED:
+            return cls(card, None, TextWriter(artifact, ExportedDecoder.open(artifact, options), tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
         decoders = {v: Decoder(m.architecture, segments(artifact, v), embeddings, options) for v in _variants(artifact)}
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
-        return cls(_card(name, m, min(context, m.architecture.context)), reader, writer)
+        return cls(card, reader, writer)
 
     @property
     def card(self) -> TierCard:
