@@ -27,7 +27,7 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt
 	@$(SEE_PYTHON)
 	@echo "installing into $(TRAIN_VENV), with torch …"
 	@$(PYTHON) -m venv $(TRAIN_VENV)
-	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train]'
+	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train,optimum]'
 	@touch $@
 
 demo: $(STAMP) ## build, start the bundle, ask it 300 questions, print the table, stop
@@ -42,7 +42,7 @@ test: $(STAMP) ## the tests; needs no torch and no data
 test-slow: $(STAMP) ## the tests that take longer
 	@$(VENV)/bin/python -m pytest -m "slow and not torch" $(NONE_IS_FINE)
 
-test-torch: $(TRAIN_STAMP) ## the tests that train (installs torch into its own .venv-train)
+test-torch: $(TRAIN_STAMP) ## the tests that train or export (installs torch into its own .venv-train)
 	@$(TRAIN_VENV)/bin/python -m pytest -m torch $(NONE_IS_FINE)
 
 lint: $(STAMP) ## ruff, mypy and the import rules

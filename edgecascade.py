@@ -155,10 +155,11 @@ def build(
               edgecascade build ./Qwen2.5-0.5B var/qwen --quant int8 --prune 2
               edgecascade build ./gpt2 var/gpt2 --via optimum
     """
-    from models.build.losses import describe
+    from models.build.losses import describe, describe_check
 
     manifest = _build(source, out, adapter, quant, via, prune).manifest
     said = f"{out}: {manifest.model_id} {manifest.model_version}; {describe(manifest.losses)}"
+    said += f"\n{describe_check(manifest.made.get('checked', {}))}"
     print(manifest.as_json() if as_json else said)
 
 

@@ -126,7 +126,9 @@ def test_the_fused_graph_computes_what_transformers_does(tmp_path: Path, name: s
     wanted = greedy_ids(model, 24)
     end = wanted.index(2) + 1 if 2 in wanted else len(wanted)
     assert written(tmp_path / "fp32", 24) == wanted[:end]
-    for quant, most in (("int8", 0.01), ("int4", 0.5)):
+    # One router that picks another expert changes more than all roundings of a dense model.
+    bounds = {"int8": 0.4, "int4": 1.5} if exact.architecture.n_experts else {"int8": 0.01, "int4": 0.5}
+    for quant, most in bounds.items():
         lost = build(source, tmp_path / quant, quant, None, quiet).manifest.losses
         assert lost["token_mean_kl"] < most
         assert lost["token_positions"] > 100

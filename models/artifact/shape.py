@@ -67,7 +67,8 @@ class LlamaShape:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LlamaShape:
         """Undo `as_dict`; raises `TypeError` for a key that is unknown or absent."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
 
     def fault(self) -> str:
         """Name the first field whose value cannot be, '' if all can."""

@@ -69,4 +69,4 @@ def tensor_pieces(tensors: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield memoryview(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data

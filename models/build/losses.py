@@ -170,7 +170,7 @@ def check(reference: str, expected: Sequence[Expected], logits_of: Callable[[int
     Raises `SourceError` where a logit is further off than `LOGIT_TOLERANCE`, or where our best token would leave the
     path of the reference's greedy answer. Where two best logits are nearer than the tolerance either may win.
     """
-    worst, positions, greedy = 0.0, 0, 0
+    worst, positions, best, written, greedy = 0.0, 0, 0, 0, 0
     for index, case in enumerate(expected):
         ours = logits_of(index)
         unit = float(case.logits.std()) or 1.0
@@ -178,19 +178,20 @@ def check(reference: str, expected: Sequence[Expected], logits_of: Callable[[int
         first_two = np.sort(case.logits, -1)[:, -2:]
         clear = first_two[:, 1] - first_two[:, 0] > 2 * LOGIT_TOLERANCE * unit
         same = ours.argmax(-1) == case.logits.argmax(-1)
-        positions += len(same)
+        positions, best = positions + len(same), best + int(same.sum())
         answer = slice(case.n_prompt - 1, len(case.ids) - 1)
         if not worst <= LOGIT_TOLERANCE or not same[clear].all():
             raise SourceError(
                 f"the graph does not compute what {reference} does: logits differ by {worst:.3g} of their deviation; "
                 "nothing was written"
             )
-        greedy += int(same[answer].sum())
+        written, greedy = written + len(same[answer]), greedy + int(same[answer].sum())
     return {
         "against": reference,
         "positions": positions,
         "largest_logit_difference": float(f"{worst:.2g}"),
-        "greedy_tokens_equal": greedy,
+        "best_tokens_equal": best,
+        **({"greedy_tokens": written, "greedy_tokens_equal": greedy} if written else {}),
     }
 
 
@@ -201,6 +202,14 @@ def _prompts(head: SkillHead, tokenizer: Tokenizer, vocab_size: int) -> list[tup
 
     pairs = ((name, text) for name in head.skills.names for text in UTTERANCES.splitlines())
     return [(name, encode(head.skills, name, text, ids, vocab_size).ids) for name, text in pairs]
+
+
+def describe_check(checked: Mapping[str, Any]) -> str:
+    """One line for people."""
+    if not checked:
+        return "not held against the source: it writes no text of its own"
+    difference, best, of = (checked[k] for k in ("largest_logit_difference", "best_tokens_equal", "positions"))
+    return f"as {checked['against']} in fp32: logits within {difference:g} σ, best token equal at {best} of {of}"
 
 
 def describe(found: Mapping[str, Any]) -> str:

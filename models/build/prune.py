@@ -140,9 +140,9 @@ class PrunedSource:
 class PrunedGridSource(PrunedSource):
     """The same for a source whose grids are kept."""
 
-    def __init__(self, source: GridSource, choice: Choice) -> None:
+    def __init__(self, source: TensorSource, grids: GridSource, choice: Choice) -> None:
         super().__init__(source, choice)
-        self._grids = source
+        self._grids = grids
 
     def quantisation(self, name: str) -> str:
         """The block format."""
@@ -174,7 +174,9 @@ class Pruning:
             raise SourceError("--prune is for models that write text: skills were trained on all layers")
         found = probe(source.tokenizer(), None, source.shape, texts, lm_head=True)
         choice = choose(source, count, found.tokens, report)
-        pruned = PrunedGridSource(source, choice) if isinstance(source, GridSource) else PrunedSource(source, choice)
+        pruned = (
+            PrunedGridSource(source, source, choice) if isinstance(source, GridSource) else PrunedSource(source, choice)
+        )
         sides = [_passed(some, found, report) for some in (pruned, source)]
         table = source.tensor("output.weight" if source.has("output.weight") else "token_embd.weight")
         vocabulary = LayerwiseHead(source.shape, {"head.w": table}, exact=True)

@@ -149,7 +149,7 @@ def _attend(w: _Layer, h: Floats, local: bool) -> Floats:
     scores[:, (ago < 0) | (local & (ago >= s.window))] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hab,bhd->ahd", weights, v).reshape(n_tokens, -1)
+    return np.asarray(np.einsum("hab,bhd->ahd", weights, v).reshape(n_tokens, -1))
 
 
 def _rotate(x: Floats, s: LlamaShape, local: bool) -> Floats:

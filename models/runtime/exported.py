@@ -85,7 +85,7 @@ class GrowingSequence:
 
     def all_logits(self, ids: Sequence[int]) -> Floats:
         """Read ids at once and return whatever positions' logits (…, V) the graph gives."""
-        return self._step(ids)[0]
+        return np.asarray(self._step(ids)[0], np.float32)
 
     def _step(self, ids: Sequence[int]) -> Floats:
         start, self.length = self.length, self.length + len(ids)
