@@ -137,6 +137,28 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_a_gguf_gives_the_same_artifact_as_the_folder(tmp_path: Path, model_type: str) -> None:
+    """The same weights under GGUF's names, and for Llama with q and k interleaved and the stretched frequencies."""
+    changes: dict[str, Any] = {"use_sliding_window": False, "head_dim": 16}
+    folder = HubSource(write_folder(tmp_path / "model", model_type, **changes))
+    s = folder.shape
+    tensors = {name: folder.tensor(name) for name in shapes(model_type, s)}
+    if model_type == "llama":
+        tensors["rope_freqs.weight"] = np.asarray(s.rope_divisors, np.float32)
+        for name, values in tensors.items():
+            if ".attn_q." in name or ".attn_k." in name:
+                halves = values.reshape(-1, 2, s.head_dim // 2, s.width)
+                tensors[name] = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+    path = write_gguf(tmp_path / "same.gguf", architecture=model_type, shape=s, tensors=tensors, splitter="qwen2")
+    ours = build(GgufSource(path), tmp_path / "a", "fp32", None, quiet).manifest
+    theirs = build(folder, tmp_path / "b", "fp32", None, quiet).manifest
+    weights = [name for name in ours.files if name.endswith("safetensors")]
+    assert {n: ours.files[n] for n in weights} == {n: theirs.files[n] for n in weights}
+    assert ours.architecture.rope_divisors == pytest.approx(theirs.architecture.rope_divisors)
+    assert greedy(tmp_path / "a") == greedy(tmp_path / "b")
+
+
 def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     whole = HubSource(write_folder(tmp_path / "model", seed=3))
     folder = write_folder(tmp_path / "shards", seed=3)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from models.artifact.names import layer_file
 from models.build.assemble import build
 from models.build.fetch import open_folder, open_source
 from models.build.optimum_export import build_exported
-from models.build.tokenizers import byte_level_bpe
+from models.build.tokenizers import SPLITTERS, byte_level_bpe
 from models.runtime.local import LocalTier
 from models.runtime.tier import Completion, Limits
 from tests.tiny_models import MERGES, SPECIAL, VOCABULARY, quiet
@@ -161,3 +162,20 @@ def test_a_graph_of_optimum_s_runs_in_the_same_engine(tmp_path: Path, name: str)
         lost = build_exported(folder, tmp_path / quant, quant, quiet).manifest.losses
         assert lost["token_mean_kl"] < most
         assert len(written(tmp_path / quant, 4)) > 0
+
+
+def test_words_are_cut_as_llama_3_and_qwen_do() -> None:
+    converter = transformers.convert_slow_tokenizer.TikTokenConverter
+    published = {
+        "llama-bpe": inspect.signature(converter.__init__).parameters["pattern"].default,
+        "qwen2": transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX,
+    }
+    text = "It's 12345 o'clock,\n\n  naïve—日本語 2nd\t<tag> DON'T   stop!\r\n "
+    for name, pattern in published.items():
+        words = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        assert SPLITTERS[name].pre_tokenize_str(text) == words.pre_tokenize_str(text)

@@ -241,3 +241,6 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": Family(_gemma3, layer={**_LAYER, **_HEAD_NORMS, **_SANDWICH}, tied=True, norm_offset=1.0),
 }
 """By `model_type` of a Hugging Face config."""
+
+GGUF_ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False, "qwen3": False}
+"""GGUF's names of the architectures that are read, and whether its files interleave the rotary halves of q and k."""
