@@ -349,24 +349,27 @@ def test_a_model_with_skills_is_not_pruned(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from models.build.assemble import build
 from models.build.hub_source import HubSource
-from models.runtime.engine import rotary_tables
 from tests.test_families import write_folder
 from tests.tiny_models import quiet
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 root = Path(sys.argv[1])
 build(HubSource(write_folder(root / "small")), root / "first", sys.argv[2], None, quiet)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 build(HubSource(root / "large"), root / "out", sys.argv[2], None, quiet, texts=[[5, 6, 7, 8]])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
+"""`getrusage` would tell the parent's peak as well, which a child inherits."""
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("quant", ["int4", "fp32"])
 def test_a_build_holds_one_layer_at_a_time(tmp_path: Path, quant: str) -> None:
-    """Peak memory beyond the mapped source stays under twice the largest layer in fp32."""
+    """Of eight layers, the one that is read, its copies and what the test itself needs: never the whole source."""
     folder = write_folder(tmp_path / "large", num_hidden_layers=8, hidden_size=512, intermediate_size=2560)
     source_bytes = (folder / "model.safetensors").stat().st_size
     layer_bytes = (source_bytes - 4 * 512 * len(VOCABULARY)) // 8
@@ -374,5 +377,5 @@ def test_a_build_holds_one_layer_at_a_time(tmp_path: Path, quant: str) -> None:
         [sys.executable, "-c", MEASURE, str(tmp_path), quant], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parents[1], env={"PATH": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    peak_bytes = 1024 * int(said.stdout)
-    assert peak_bytes - source_bytes < 2 * layer_bytes
+    peak_bytes = int(said.stdout)
+    assert layer_bytes < peak_bytes < 5 * layer_bytes < source_bytes

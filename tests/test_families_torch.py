@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import random
 from pathlib import Path
@@ -165,10 +166,10 @@ def test_a_graph_of_optimum_s_runs_in_the_same_engine(tmp_path: Path, name: str)
 
 
 def test_words_are_cut_as_llama_3_and_qwen_do() -> None:
-    converter = transformers.convert_slow_tokenizer.TikTokenConverter
+    converter = importlib.import_module("transformers.convert_slow_tokenizer").TikTokenConverter
     published = {
         "llama-bpe": inspect.signature(converter.__init__).parameters["pattern"].default,
-        "qwen2": transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX,
+        "qwen2": importlib.import_module("transformers.models.qwen2.tokenization_qwen2").PRETOKENIZE_REGEX,
     }
     text = "It's 12345 o'clock,\n\n  naïve—日本語 2nd\t<tag> DON'T   stop!\r\n "
     for name, pattern in published.items():

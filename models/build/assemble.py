@@ -134,6 +134,7 @@ def _fill(
         tensors = packing.layer(n)
         add(tensors)
         measure.layer(n, tensors)
+        del tensors  # before the next layer is packed
         report(n + 1, steps, f"{quant}: layer {n + 1} of {shape.n_layers}")
     for variant in packing.variants:
         for number, (_, graph) in enumerate(graphs(shape, packing.exits, source.has_lm_head, dims, variant)):

@@ -61,6 +61,7 @@ class _Dissection:
         self.same = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Identity"}
         self.turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and _swaps(n)}
         self.tensors: dict[str, Array] = {}
+        self.sites: dict[str, str] = {}
         self.nodes: list[NodeProto] = []
         self.tables: dict[str, Array] = {}
 
@@ -141,7 +142,10 @@ class _Dissection:
             return "embeddings"
         path = node.name.strip("/").rpartition("/")[0].replace("/", ".")
         found = _LAYER.search(f"/{node.name}")
-        return f"layers.{found[1]}.{path}" if found else f"head.{path or 'matrix'}"
+        site = f"layers.{found[1]}.{path}" if found else f"head.{path or 'matrix'}"
+        if self.sites.setdefault(site, node.input[1]) != node.input[1]:  # a module with several matrices of its own
+            site += f".{node.name.rpartition('/')[2]}"
+        return site
 
     def _operands(self, site: str, weight: Array) -> dict[str, str]:
         """Store the matrix, if it is not yet, and return its tensors' names by suffix."""

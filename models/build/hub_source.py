@@ -85,8 +85,10 @@ class HubSource(HubFolder):
         with _told(path):
             self._family = family_of(self.config)
             self.shape: LlamaShape = self._family.shape(self.config)
-            for file in self.files:
-                self._tensors |= tensor_readers(_mapped(file), str(file))
+            self._maps = [_mapped(file) for file in self.files]
+            for file, data in zip(self.files, self._maps, strict=True):
+                self._tensors |= tensor_readers(data, str(file))
+        self._group = ""
         if fault := self.shape.fault():
             raise SourceError(f"{path} is damaged: its config gives a '{fault}' that cannot be")
 
@@ -98,6 +100,7 @@ class HubSource(HubFolder):
 
     def tensor(self, name: str) -> Floats:
         """A tensor in fp32."""
+        self._let_go(name)
         at = self._family.stored(name, self.shape)
         if at.name not in self._tensors:
             raise SourceError(f"{self.path} lacks the tensor '{at.name}'")
@@ -107,6 +110,15 @@ class HubSource(HubFolder):
         return (
             values + np.float32(self._family.norm_offset) if values.ndim == 1 and self._family.norm_offset else values
         )
+
+    def _let_go(self, name: str) -> None:
+        """Free the memory of what was read of the files, whenever another layer is asked for; views stay valid."""
+        group = name[: name.find(".", len("blk."))]
+        if group != self._group and hasattr(mmap, "MADV_DONTNEED"):
+            for data in self._maps:
+                if isinstance(data, mmap.mmap):
+                    data.madvise(mmap.MADV_DONTNEED)
+        self._group = group
 
 
 @contextmanager

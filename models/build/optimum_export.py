@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,7 @@ def _export(model: Any) -> ModelProto:
     """Let optimum write the model with its key-value memory, and read that back; raises `SourceError`."""
     from optimum.exporters.onnx import onnx_export_from_model
 
+    logging.getLogger("optimum").setLevel(logging.ERROR)  # its hints are for those who call it themselves
     with tempfile.TemporaryDirectory(prefix="edgecascade.export.") as work:
         try:
             with warnings.catch_warnings():
