@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -332,6 +333,7 @@ def _bar(what: str) -> Iterator[Any]:
 def _build(source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0) -> Artifact:
     from models.build.recipes import build_tier
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
     with _bar("building") as report:
         return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report)
 

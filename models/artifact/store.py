@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,9 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as held:
             yield Path(held)
     except BaseException:
-        for parent in fresh:
-            parent.rmdir()
+        with suppress(OSError):  # somebody else may have put something there meanwhile
+            for parent in fresh:
+                parent.rmdir()
         raise
 
 

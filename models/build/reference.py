@@ -40,7 +40,12 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+        options = {
+            "dtype": torch.float32,
+            "local_files_only": True,
+            "trust_remote_code": False,
+            "use_safetensors": True,
+        }
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
