@@ -20,6 +20,8 @@ from models.errors import SourceError
 
 Floats = NDArray[np.float32]
 
+ROWS_AT_ONCE = 512
+
 __all__ = ["Floats", "GgufSource", "LlamaShape"]
 
 
@@ -156,7 +158,7 @@ class GgufSource:
         """Return a tensor as fp32, dequantised, in Hugging Face's layout (rotary halves split)."""
         raw = self._tensor(name)
         try:
-            values: Floats = gguf.quants.dequantize(raw.data, raw.tensor_type).astype(np.float32)
+            values = _dequantised(raw)
         except (NotImplementedError, ValueError) as error:
             raise SourceError(
                 f"{self.path}: tensor '{name}' is stored as {raw.tensor_type.name}, which cannot be read"
@@ -183,3 +185,14 @@ class GgufSource:
         if name not in self._tensors:
             raise SourceError(f"{self.path} lacks the tensor '{name}'")
         return self._tensors[name]
+
+
+def _dequantised(raw: Any) -> Floats:
+    """A tensor in fp32, a few rows at a time: the library needs several times the memory of what it returns."""
+    rows = np.asarray(raw.data)
+    if rows.ndim == 1:
+        return np.asarray(gguf.quants.dequantize(rows, raw.tensor_type), np.float32)
+    values = np.empty(tuple(int(n) for n in raw.shape[::-1]), np.float32)
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        values[at : at + ROWS_AT_ONCE] = gguf.quants.dequantize(rows[at : at + ROWS_AT_ONCE], raw.tensor_type)
+    return values

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto, helper, load_model_from_string
 
 from models.artifact.names import FRAMES, PLAIN, Span
 from models.artifact.shape import LlamaShape
@@ -53,11 +54,11 @@ class LayerwiseDecoder:
         dims = {name: value.shape for name, value in weights.items()}
         graph = decoder_graph(whole, span, dims, adapter=variant == FRAMES, accuracy_level=FAST_ACTIVATIONS)
         used = {name for name in weights if not name.endswith("exit_norm")}
-        session = _session(graph, {name: weights[name] for name in used}, prepack=not self._exact)
+        run = _Runner(graph, {name: weights[name] for name in used}, exact=self._exact)
         self.hidden = self.hidden or [np.zeros(0, np.float32) for _ in self._texts]
         for index in chosen:
             feed = _feed(self._shape, n, self.states[index])
-            hidden, carried = session.run(["hidden", "carried"], feed)
+            hidden, carried = run(["hidden", "carried"], feed)
             self.hidden[index], self.states[index] = hidden[0], carried[0]
 
 
@@ -67,23 +68,43 @@ class LayerwiseHead:
     def __init__(self, shape: LlamaShape, tensors: Mapping[str, Array], *, exact: bool) -> None:
         weights = {name: value for name, value in tensors.items() if name.startswith("head.")}
         graph = head_graph(shape, {name: value.shape for name, value in weights.items()})
-        self._session = _session(graph, weights, prepack=not exact)
+        self._run = _Runner(graph, weights, exact=exact)
 
     def rows(self, hidden: Floats) -> Iterator[Floats]:
         """Logits (≤ ROWS_AT_ONCE, V) of (T, C), piece by piece."""
         for at in range(0, len(hidden), ROWS_AT_ONCE):
-            found = self._session.run(["logits"], {"hidden": hidden[None, at : at + ROWS_AT_ONCE]})[0]
+            found = self._run(["logits"], {"hidden": hidden[None, at : at + ROWS_AT_ONCE]})[0]
             yield np.asarray(found[0], np.float32)
 
 
-def _session(graph: bytes, weights: Mapping[str, Array], *, prepack: bool) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions come and go
-    if not prepack:
-        settings.add_session_config_entry("session.disable_prepacking", "1")
-    settings.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(v) for v in weights.values()])
-    return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+class _Runner:
+    """A graph with its weights. onnxruntime copies initializers: `exact` weights are fed in as inputs instead."""
+
+    def __init__(self, graph: bytes, weights: Mapping[str, Array], *, exact: bool) -> None:
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions come and go
+        self._fed = weights if exact else {}
+        if not exact:
+            values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+            settings.add_external_initializers(list(weights), values)
+        opened = _with_inputs(graph) if exact else graph
+        self._session = ort.InferenceSession(opened, settings, providers=["CPUExecutionProvider"])
+
+    def __call__(self, results: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+        """Run the graph."""
+        return list(self._session.run(list(results), {**feed, **self._fed}))
+
+
+def _with_inputs(graph: bytes) -> bytes:
+    """Turn external initializers into inputs."""
+    model = load_model_from_string(graph)
+    outside = [i for i in model.graph.initializer if i.data_location == TensorProto.EXTERNAL]
+    inside = [i for i in model.graph.initializer if i.data_location != TensorProto.EXTERNAL]
+    model.graph.input.extend(helper.make_tensor_value_info(i.name, i.data_type, i.dims) for i in outside)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(inside)
+    return bytes(model.SerializeToString())
 
 
 def _feed(shape: LlamaShape, n: int, x: Floats) -> dict[str, Array]:

@@ -76,16 +76,16 @@ class Measurement:
             if self._ours:
                 ours = LayerwiseHead(source.shape, written.tensors(HEAD), exact=False)
                 losses |= token_losses(self._ours, ours, self._reference, exact)
-            checked = self._check(exact) if self._prompts else {}
+            checked = self._check(exact, table) if self._prompts else {}
         if self._ours and self._head:
             losses |= intent_losses(self._ours, self._reference, self._head)
         return losses, checked
 
-    def _check(self, head: LayerwiseHead) -> dict[str, Any]:
+    def _check(self, head: LayerwiseHead, table: Array) -> dict[str, Any]:
         states = self._reference.own()
         expected, name = self._expected, _transformers() if self._expected else NUMPY
         if self._plain:
-            pairs = zip(self._prompts, self._plain.logits(), strict=True)
+            pairs = zip(self._prompts, self._plain.logits(table), strict=True)
             expected = [Expected(ids, logits, len(ids)) for ids, logits in pairs]
         return check(name, expected, lambda index: np.concatenate(list(head.rows(states[index]))))
 

@@ -83,11 +83,9 @@ class PlainForward:
         weights = _Layer(self._source, n)
         self._states = [_layer(weights, x, n in self._shape.local_layers) for x in self._states]
 
-    def logits(self) -> list[Floats]:
-        """Logits (T, V) of each text, after the last layer."""
-        source = self._source
-        table = source.tensor("output.weight" if source.has("output.weight") else "token_embd.weight")
-        norm = source.tensor("output_norm.weight")
+    def logits(self, table: Floats) -> list[Floats]:
+        """Logits (T, V) of each text, after the last layer, by the head's matrix (V, C)."""
+        norm = self._source.tensor("output_norm.weight")
         return [_norm(x, norm, self._shape.norm_eps) @ table.T for x in self._states]
 
 
