@@ -29,7 +29,7 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt
 	@$(SEE_PYTHON)
 	@echo "installing into $(TRAIN_VENV), with torch …"
 	@$(PYTHON) -m venv $(TRAIN_VENV)
-	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train]'
+	@$(TRAIN_VENV)/bin/python $(PIP) install -c constraints.txt -e '.[dev,train,optimum]'
 	@touch $@
 
 # llama-cpp-python comes as source: it is built for this very processor, and where it cannot be, its rows are left out.
@@ -56,7 +56,7 @@ test: $(STAMP) ## the tests; needs no torch and no data
 test-slow: $(STAMP) ## the tests that take longer
 	@$(VENV)/bin/python -m pytest -m "slow and not torch" $(NONE_IS_FINE)
 
-test-torch: $(TRAIN_STAMP) ## the tests that train (installs torch into its own .venv-train)
+test-torch: $(TRAIN_STAMP) ## the tests that train or export (installs torch into its own .venv-train)
 	@$(TRAIN_VENV)/bin/python -m pytest -m torch $(NONE_IS_FINE)
 
 lint: $(STAMP) ## ruff, mypy and the import rules

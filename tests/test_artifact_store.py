@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from models.artifact.manifest import Energy, Manifest, Sealed, parse_manifest
 from models.artifact.names import MANIFEST, TOKENIZER, Span, file_of, spans
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
-from models.artifact.tensors import read_tensors
+from models.artifact.tensors import read_tensors, tensor_pieces
 from models.errors import ArtifactError
 from tests.tiny_models import SHAPE, SKILLS
 
@@ -146,6 +149,16 @@ def test_an_interrupted_write_leaves_the_old_artifact(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    def fail(writer: ArtifactWriter) -> Manifest:
+        fill(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match="no space left"):
+        write_artifact(tmp_path / "deep" / "a", fail)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("years of work", "utf-8")
@@ -190,6 +203,20 @@ def test_bfloat16_is_widened() -> None:
     header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes.fromhex("803f00c0")
     assert read_tensors(data, "x")["x"].tolist() == [1.0, -2.0]
+
+
+TENSORS = st.dictionaries(
+    st.text("ab.é0", min_size=1, max_size=5),
+    st.tuples(st.sampled_from(["f4", "f2", "u1", "i1", "i4", "i8", "?"]), st.lists(st.integers(0, 4), max_size=3)),
+    max_size=5,
+)
+
+
+@given(TENSORS)
+def test_tensors_are_laid_out_as_the_library_does(tensors: dict[str, tuple[str, list[int]]]) -> None:
+    rng = np.random.default_rng(7)
+    tensors = {name: rng.integers(0, 2, dims).astype(kind) for name, (kind, dims) in tensors.items()}
+    assert b"".join(tensor_pieces(tensors)) == save(tensors)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, -1])

@@ -77,9 +77,15 @@ def random_tensors(seed: int = 0, shape: LlamaShape = SHAPE) -> dict[str, np.nda
 
 
 def write_gguf(
-    path: Path, matrices: Kind = Kind.Q4_1, seed: int = 0, architecture: str = "llama", shape: LlamaShape = SHAPE
+    path: Path,
+    matrices: Kind = Kind.Q4_1,
+    seed: int = 0,
+    architecture: str = "llama",
+    shape: LlamaShape = SHAPE,
+    tensors: dict[str, np.ndarray] | None = None,
+    splitter: str = "smollm",
 ) -> Path:
-    """Write a little chat model: matrices in `matrices`, embeddings in Q8_0, tied head."""
+    """Write a little chat model: matrices in `matrices`, embeddings in Q8_0, tied head; or `tensors` in fp32."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(shape.n_layers)
     writer.add_embedding_length(shape.width)
@@ -91,14 +97,14 @@ def write_gguf(
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(splitter)
     writer.add_token_list(list(VOCABULARY))
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCABULARY) - len(SPECIAL)))
     writer.add_token_merges(list(MERGES))
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
-    for name, value in random_tensors(seed, shape).items():
-        kind = Kind.F32 if value.ndim == 1 else Kind.Q8_0 if name == "token_embd.weight" else matrices
+    for name, value in (tensors or random_tensors(seed, shape)).items():
+        kind = Kind.F32 if value.ndim == 1 or tensors else Kind.Q8_0 if name == "token_embd.weight" else matrices
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +16,17 @@ from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
 
 SCHEMA = 2
+FUSED, EXPORTED = "fused", "exported"
+"""Our own graph, which extends key-value buffers in place; or somebody else's, which hands grown ones back."""
+GRAPHS = (FUSED, EXPORTED)
 QUANTISATIONS = ("int4", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,),
+    "tuple[int, ...]": (list,), "tuple[float, ...]": (list,),
+}  # fmt: skip
+"""JSON types of an architecture's fields, by their annotations."""
 _PROVIDER = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _KEY_ID = re.compile(r"[\x21-\x7e]{1,512}")
 _WRAPPED_KEY_BYTES = 8192
@@ -81,6 +89,7 @@ class Manifest:
     made: Mapping[str, Any] = field(default_factory=dict)
     sealed: Sealed | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    graph: str = FUSED
 
     @property
     def key_context(self) -> dict[str, str]:
@@ -101,8 +110,9 @@ class Manifest:
         values = {
             "schema": SCHEMA,
             "model": {"id": self.model_id, "version": self.model_version},
-            "architecture": vars(self.architecture),
+            "architecture": self.architecture.as_dict(),
             "quantisation": self.quantisation,
+            **({} if self.graph == FUSED else {"graph": self.graph}),
             "eos_ids": list(self.eos_ids),
             "chat_template": self.chat_template,
             "lm_head": self.lm_head,
@@ -147,6 +157,7 @@ def parse_manifest(text: str) -> Manifest:
         made=top.take("made", dict),
         sealed=_sealed(top.take("sealed", dict, type(None))),
         files=_files(top.take("files", dict)),
+        graph=top.take("graph", str) if top.holds("graph") else FUSED,
     )
     for keys in (top, model, energy):
         keys.finish()
@@ -170,22 +181,28 @@ class _Keys:
             raise ArtifactError(f"the manifest's '{self._prefix}{key}' has the wrong type ({type(value).__name__})")
         return value
 
+    def holds(self, key: str) -> bool:
+        return key in self._values
+
     def finish(self) -> None:
         if self._values:
             raise ArtifactError(f"the manifest has the unknown key '{self._prefix}{min(self._values)}'")
 
 
 def _shape(keys: _Keys) -> LlamaShape:
-    floats = ("rope_theta", "norm_eps")
-    read = {
-        f.name: keys.take(f.name, int, float) if f.name in floats else keys.take(f.name, int)
+    given = {
+        f.name: keys.take(f.name, *_KINDS[str(f.type)])
         for f in fields(LlamaShape)
+        if f.default is MISSING or keys.holds(f.name)
     }
     keys.finish()
-    bad = [name for name, value in read.items() if value <= 0]
-    if bad:
-        raise ArtifactError(f"the manifest's 'architecture.{bad[0]}' is not positive")
-    return LlamaShape(**read)
+    for name in ("local_layers", "rope_divisors"):
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in given.get(name, ())):
+            raise ArtifactError(f"the manifest's 'architecture.{name}' may hold numbers only")
+    shape = LlamaShape.from_dict(given)
+    if fault := shape.fault():
+        raise ArtifactError(f"the manifest's 'architecture.{fault}' is not positive, or does not fit the other numbers")
+    return shape
 
 
 def _whole(key: str, values: list[Any]) -> list[int]:
@@ -237,6 +254,10 @@ def _check_values(manifest: Manifest) -> None:
         raise ArtifactError(
             f"the manifest's 'quantisation' is '{manifest.quantisation}'; use one of {', '.join(QUANTISATIONS)}"
         )
+    if manifest.graph not in GRAPHS:
+        raise ArtifactError(f"the manifest's 'graph' is '{manifest.graph}'; use one of {', '.join(GRAPHS)}")
+    if manifest.graph == EXPORTED and (manifest.skills or manifest.exits or not manifest.lm_head):
+        raise ArtifactError("the manifest's 'graph' is 'exported'; such a graph has neither skills nor exits")
     edges = [0, *manifest.exits, manifest.architecture.n_layers]
     if any(a >= b for a, b in pairwise(edges)):
         raise ArtifactError("the manifest's 'exits' must rise and lie inside the model")

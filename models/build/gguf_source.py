@@ -1,4 +1,4 @@
-"""Read a Llama-family GGUF file: shape, tokenizer, chat template and weights, dequantised tensor by tensor."""
+"""Read a GGUF file: shape, tokenizer, chat template and weights, dequantised tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
+from models.build.families import GGUF_ARCHITECTURES
 from models.build.source import with_special_tokens
 from models.build.tokenizers import SPLITTERS, byte_level_bpe
 from models.errors import SourceError
 
 Floats = NDArray[np.float32]
+
+ROWS_AT_ONCE = 512
 
 __all__ = ["Floats", "GgufSource", "LlamaShape"]
 
@@ -37,10 +40,13 @@ class GgufSource:
         except Exception as error:  # the reader raises whatever numpy raises on a short or garbled map
             raise SourceError(f"{path} is damaged or truncated: GGUF's header or tensors cannot be read") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        architecture = self._get("general.architecture")
-        if architecture != "llama":
-            raise SourceError(f"{path} holds architecture '{architecture}'; this reader takes 'llama'")
+        self._architecture = str(self._get("general.architecture"))
+        if self._architecture not in GGUF_ARCHITECTURES:
+            known = ", ".join(f"'{name}'" for name in GGUF_ARCHITECTURES)
+            raise SourceError(f"{path} holds architecture '{self._architecture}'; this reader takes {known}")
         self.shape = self._shape()
+        if fault := self.shape.fault():
+            raise SourceError(f"{path} is damaged: it gives a '{fault}' that cannot be")
 
     def digest(self) -> str:
         """SHA-256 of the file, in hex."""
@@ -56,19 +62,31 @@ class GgufSource:
         return found.contents()
 
     def _shape(self) -> LlamaShape:
-        width, heads = int(self._get("llama.embedding_length")), int(self._get("llama.attention.head_count"))
+        def number(key: str, default: Any = None) -> Any:
+            return self._get(f"{self._architecture}.{key}", default)
+
+        width, heads = int(number("embedding_length")), int(number("attention.head_count"))
+        if number("rope.scaling.type", "none") != "none":
+            raise SourceError(f"{self.path} uses rope scaling, which this reader takes as the tensor 'rope_freqs' only")
+        if number("attention.sliding_window", 0):
+            raise SourceError(f"{self.path} has a sliding window, which this reader does not take; use its folder")
         return LlamaShape(
-            n_layers=int(self._get("llama.block_count")),
+            n_layers=int(number("block_count")),
             width=width,
             n_heads=heads,
-            n_kv_heads=int(self._get("llama.attention.head_count_kv", heads)),
-            head_dim=int(self._get("llama.rope.dimension_count", width // heads)),
-            mlp_width=int(self._get("llama.feed_forward_length")),
+            n_kv_heads=int(number("attention.head_count_kv", heads)),
+            head_dim=int(number("attention.key_length", number("rope.dimension_count", width // heads))),
+            mlp_width=int(number("feed_forward_length")),
             vocab_size=len(self._get("tokenizer.ggml.tokens")),
-            context=int(self._get("llama.context_length")),
-            rope_theta=float(self._get("llama.rope.freq_base", 10000.0)),
-            norm_eps=float(self._get("llama.attention.layer_norm_rms_epsilon")),
+            context=int(number("context_length")),
+            rope_theta=float(number("rope.freq_base", 10000.0)),
+            norm_eps=float(number("attention.layer_norm_rms_epsilon")),
+            rope_divisors=self._rope_divisors(),
         )
+
+    def _rope_divisors(self) -> tuple[float, ...]:
+        """Llama 3's stretched frequencies, which GGUF stores as a tensor."""
+        return tuple(map(float, self.tensor("rope_freqs.weight"))) if self.has("rope_freqs.weight") else ()
 
     @property
     def model_id(self) -> str:
@@ -140,7 +158,7 @@ class GgufSource:
         """Return a tensor as fp32, dequantised, in Hugging Face's layout (rotary halves split)."""
         raw = self._tensor(name)
         try:
-            values: Floats = gguf.quants.dequantize(raw.data, raw.tensor_type).astype(np.float32)
+            values = _dequantised(raw)
         except (NotImplementedError, ValueError) as error:
             raise SourceError(
                 f"{self.path}: tensor '{name}' is stored as {raw.tensor_type.name}, which cannot be read"
@@ -150,8 +168,10 @@ class GgufSource:
 
     def row_order(self, name: str) -> NDArray[np.int64] | None:
         """Row order that undoes GGUF's interleaved rotary layout of q and k, or None for other tensors."""
+        if not GGUF_ARCHITECTURES[self._architecture] or not name.startswith("blk."):
+            return None
         shape = self.shape
-        heads = {"attn_q": shape.n_heads, "attn_k": shape.n_kv_heads}.get(name.split(".")[-2], 0) if "." in name else 0
+        heads = {"attn_q": shape.n_heads, "attn_k": shape.n_kv_heads}.get(name.split(".")[-2], 0)
         if not heads:
             return None
         rows = np.arange(heads * shape.head_dim)
@@ -165,3 +185,14 @@ class GgufSource:
         if name not in self._tensors:
             raise SourceError(f"{self.path} lacks the tensor '{name}'")
         return self._tensors[name]
+
+
+def _dequantised(raw: Any) -> Floats:
+    """A tensor in fp32, a few rows at a time: the library needs several times the memory of what it returns."""
+    rows = np.asarray(raw.data)
+    if rows.ndim == 1:
+        return np.asarray(gguf.quants.dequantize(rows, raw.tensor_type), np.float32)
+    values = np.empty(tuple(int(n) for n in raw.shape[::-1]), np.float32)
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        values[at : at + ROWS_AT_ONCE] = gguf.quants.dequantize(rows[at : at + ROWS_AT_ONCE], raw.tensor_type)
+    return values

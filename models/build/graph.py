@@ -1,4 +1,4 @@
-"""Assemble a Llama decoder as an ONNX graph without weights.
+"""Assemble a decoder of the Llama kind as an ONNX graph without weights.
 
 The graph reads fp32 embeddings `x` (B, T, C) of B sequences and extends static key-value buffers in place; it gives
 `hidden` (B, T, C), normalised, and, if it has the vocabulary head, `logits` of the last position. Each sequence has a
@@ -15,12 +15,19 @@ from typing import Any
 from onnx import ModelProto, TensorProto, helper
 
 from models.artifact.names import BLOCK, Span, file_of
-from models.artifact.shape import LlamaShape
+from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
+BYTE = 8
 CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
+
+ACTIVATION_OPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    SILU: ("QuickGelu", CONTRIB, {"alpha": 1.0}),
+    GELU_TANH: ("Gelu", "", {"approximate": "tanh"}),
+}
+"""Operator, domain and attributes of each activation."""
 
 ROTARY_UNIT = 16
 """GroupQueryAttention rotates heads whose width is a multiple of this."""
@@ -87,17 +94,33 @@ class _Builder:
     def layers(self, span: Span) -> tuple[str, str]:
         """Add the span's layers; returns the names of the normalised and the carried stream."""
         norms = [f"layers.{n}.attn_norm" for n in span.layers] + [span.norm]
-        eps = self._shape.norm_eps
-        carried = "x"
-        h = self.node("SimplifiedLayerNormalization", ["x", self.weight(norms[0])], ["x_normed"], axis=-1, epsilon=eps)
+        carried = self._scaled("x") if span.first == 0 else "x"
+        h = self._norm(carried, norms[0], "x_normed")
         for n, next_norm in zip(span.layers, norms[1:], strict=True):
             at = f"layers.{n}"
             attended = self._attention(n, self.project(f"{at}.qkv", h, self._shape.width))
-            out = self.project(f"{at}.out", attended, self._shape.query_width)
+            out = self._post_norm(n, "attn", self.project(f"{at}.out", attended, self._shape.query_width))
             h, carried = self._add_and_norm(f"{at}.attn", out, carried, f"{at}.mlp_norm")
-            down = self.project(f"{at}.down", self._gated(n, h), self._shape.mlp_width)
+            down = self._post_norm(n, "mlp", self._mlp(n, h))
             h, carried = self._add_and_norm(f"{at}.mlp", down, carried, next_norm)
         return h, carried
+
+    def _norm(self, x: str, weight: str, y: str) -> str:
+        eps = self._shape.norm_eps
+        return self.node("SimplifiedLayerNormalization", [x, self.weight(weight)], [y], axis=-1, epsilon=eps)
+
+    def _scaled(self, x: str) -> str:
+        """Multiply the embeddings by the model's scale, if it has one."""
+        scale = self._shape.embedding_scale
+        if scale == 1:
+            return x
+        self._constants["embedding_scale"] = helper.make_tensor("embedding_scale", TensorProto.FLOAT, [], [scale])
+        return self.node("Mul", [x, "embedding_scale"], ["x_scaled"])
+
+    def _post_norm(self, n: int, block: str, y: str) -> str:
+        """Normalise a block's result before it is added, where the model has a norm for it (Gemma 3)."""
+        weight = f"layers.{n}.{block}_post_norm"
+        return self._norm(y, weight, f"{weight}ed") if weight in self._tensors else y
 
     def _add_and_norm(self, name: str, x: str, skip: str, norm: str) -> tuple[str, str]:
         outputs = [f"{name}.normed", "", "", f"{name}.sum"]
@@ -108,10 +131,16 @@ class _Builder:
     def _attention(self, n: int, qkv: str) -> str:
         """Rotate, store and attend; onnxruntime's attention rotates heads itself if their width suits it."""
         s, at = self._shape, f"layers.{n}"
-        suits = s.head_dim % ROTARY_UNIT == 0
-        read = [qkv, "", ""] if suits else self._rotated(n, qkv)
+        local = n in s.local_layers
+        suits, normed = s.head_dim % ROTARY_UNIT == 0, f"{at}.q_norm" in self._tensors
+        tables = ["local_cos", "local_sin"] if local and s.local_rope_theta else ["cos", "sin"]
+        read = [qkv, "", ""] if suits and not normed else self._cut(n, qkv)
+        if normed:
+            read = [self._head_norm(n, "q", read[0]), self._head_norm(n, "k", read[1]), read[2]]
+        if not suits:
+            read = self._rotated(n, read, tables)
         past, present = [f"past_key.{n}", f"past_value.{n}"], [f"present_key.{n}", f"present_value.{n}"]
-        inputs = [*read, *past, "last_position", "total_length", *(("cos", "sin") if suits else ())]
+        inputs = [*read, *past, "last_position", "total_length", *(tables if suits else ())]
         return self.node(
             "GroupQueryAttention",
             inputs,
@@ -120,26 +149,38 @@ class _Builder:
             num_heads=s.n_heads,
             kv_num_heads=s.n_kv_heads,
             do_rotary=int(suits),
-            scale=s.head_dim**-0.5,
+            scale=s.query_scale,
+            **({"local_window_size": s.window} if local else {}),
         )
 
-    def _rotated(self, n: int, qkv: str) -> list[str]:
-        """Cut queries, keys and values apart and rotate the first two."""
+    def _cut(self, n: int, qkv: str) -> list[str]:
+        """Cut queries, keys and values apart."""
         s, at = self._shape, f"layers.{n}"
         kv_width = s.n_kv_heads * s.head_dim
         widths = self.constant("qkv_widths", [s.query_width, kv_width, kv_width])
-        self.node("Split", [qkv, widths], [f"{at}.q", f"{at}.k", f"{at}.v"], axis=-1)
+        parts = [f"{at}.q", f"{at}.k", f"{at}.v"]
+        self.node("Split", [qkv, widths], parts, axis=-1)
+        return parts
+
+    def _head_norm(self, n: int, part: str, x: str) -> str:
+        """Normalise each head (1, T, H·D) by itself."""
+        heads, at = self._shape.n_heads if part == "q" else self._shape.n_kv_heads, f"layers.{n}.{part}"
+        apart = self.constant(f"{part}_heads", [0, 0, heads, self._shape.head_dim])  # 0: as it was
+        together = self.constant(f"{part}_width", [0, 0, heads * self._shape.head_dim])
+        by_head = self.node("Reshape", [x, apart], [f"{at}_by_head"])
+        normed = self._norm(by_head, f"{at}_norm", f"{at}_normed_by_head")
+        return self.node("Reshape", [normed, together], [f"{at}_normed"])
+
+    def _rotated(self, n: int, read: Sequence[str], tables: Sequence[str]) -> list[str]:
+        """Rotate queries and keys."""
+        s, at = self._shape, f"layers.{n}"
         rotated = [
             self.node(
-                "RotaryEmbedding",
-                [f"{at}.{p}", self._positions(), "cos", "sin"],
-                [f"{at}.{p}_rotated"],
-                CONTRIB,
-                num_heads=h,
+                "RotaryEmbedding", [x, self._positions(), *tables], [f"{at}.{p}_rotated"], CONTRIB, num_heads=heads
             )
-            for p, h in (("q", s.n_heads), ("k", s.n_kv_heads))
+            for x, p, heads in zip(read, "qk", (s.n_heads, s.n_kv_heads), strict=False)
         ]
-        return [*rotated, f"{at}.v"]
+        return [*rotated, read[2]]
 
     def _positions(self) -> str:
         """Position of each new token (B, T): the last one's, less how many come after it."""
@@ -154,11 +195,42 @@ class _Builder:
             self.node("Add", ["last_of_each", "steps"], ["positions"])
         return "positions"
 
+    def _mlp(self, n: int, h: str) -> str:
+        if self._shape.n_experts:
+            return self._mixture(n, h)
+        return self.project(f"layers.{n}.down", self._gated(n, h), self._shape.mlp_width)
+
+    def _mixture(self, n: int, h: str) -> str:
+        """A sparse mixture of experts; onnxruntime's operator wants tokens in rows, gate and up interleaved."""
+        s, at = self._shape, f"layers.{n}"
+        router = self.project(f"{at}.router", h, s.width)
+        rows = [
+            self.node("Reshape", [x, self.constant(f"rows_of_{width}", [-1, width])], [f"{x}.rows"])
+            for x, width in ((h, s.width), (router, s.n_experts))
+        ]
+        experts = [f"{at}.experts_gate_up", f"{at}.experts_down"]
+        common = {
+            "k": s.n_experts_used, "normalize_routing_weights": int(s.experts_normed), "activation_type": "swiglu",
+            "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0,
+        }  # fmt: skip
+        if f"{experts[0]}.w" in self._tensors:
+            first, second = (self.weight(f"{name}.w") for name in experts)
+            y = self.node("MoE", [*rows, first, "", second], [f"{at}.mixed_rows"], CONTRIB, **common)
+        else:
+            codes, scales = ([self.weight(f"{name}.{key}") for name in experts] for key in ("q", "scale"))
+            bits = self._tensors[codes[0]][-1] * BYTE // s.width
+            inputs = [*rows, codes[0], scales[0], "", codes[1], scales[1]]
+            y = self.node(
+                "QMoE", inputs, [f"{at}.mixed_rows"], CONTRIB, **common, expert_weight_bits=bits, block_size=BLOCK
+            )
+        return self.node("Reshape", [y, self.node("Shape", [h], [f"{at}.wide"])], [f"{at}.mixed"])
+
     def _gated(self, n: int, h: str) -> str:
         at = f"layers.{n}"
         both = self.project(f"{at}.gate_up", h, self._shape.width)
         self.node("Split", [both], [f"{at}.gate", f"{at}.up"], axis=-1, num_outputs=2)
-        act = self.node("QuickGelu", [f"{at}.gate"], [f"{at}.silu"], CONTRIB, alpha=1.0)
+        op, domain, attributes = ACTIVATION_OPS[self._shape.activation]
+        act = self.node(op, [f"{at}.gate"], [f"{at}.{self._shape.activation}"], domain, **attributes)
         return self.node("Mul", [act, f"{at}.up"], [f"{at}.gated"])
 
     def project(self, site: str, x: str, n_in: int) -> str:
@@ -171,6 +243,8 @@ class _Builder:
             sums = self._block_sums(x, n_in)
             shift = self.node("MatMul", [sums, self.weight(f"{site}.shift")], [f"{site}.offset"])
             y = self.node("Add", [y, shift], [f"{site}.shifted"])
+        if f"{site}.bias" in self._tensors:
+            y = self.node("Add", [y, self.weight(f"{site}.bias")], [f"{site}.biased"])
         low = site.replace("layers.", "adapter.", 1)
         if self._adapter and f"{low}.a" in self._tensors:
             delta = self._product(f"{low}.b", self._product(f"{low}.a", x, f"{low}.down"), f"{low}.delta")
@@ -206,7 +280,8 @@ class _Builder:
         cache: list[str | int] = ["B", s.n_kv_heads, "room", s.head_dim]
         inputs = [_value("x", wide)]
         inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
-        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in ("cos", "sin")]
+        tables = ("cos", "sin", *(("local_cos", "local_sin") if s.local_rope_theta else ()))
+        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables]
         dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", 1, s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {
             name: (value, dims[name]) for name, value in outputs.items()

@@ -1,10 +1,12 @@
-"""A Llama-family model as a folder in Hugging Face's layout: `config.json`, safetensors, `tokenizer.json`."""
+"""A model as a folder in Hugging Face's layout: `config.json`, safetensors, `tokenizer.json`. Read tensor by tensor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +14,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from models.artifact.shape import LlamaShape
-from models.artifact.tensors import Array, read_tensors
+from models.artifact.tensors import Array, tensor_readers
+from models.build.families import family_of
 from models.build.source import Floats, with_special_tokens
 from models.errors import ArtifactError, SourceError
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+INDEX = "model.safetensors.index.json"
 
 
-class HubSource:
-    """An open folder; raises `SourceError` with one sentence for anything it cannot take."""
+class HubFolder:
+    """What a folder says besides its weights; raises `SourceError` with one sentence if that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._config = json.loads((path / "config.json").read_bytes())
+        with _told(path):
+            self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
             self._tokenizer_json = (path / "tokenizer.json").read_text("utf-8")
-            files = {p.name: p.read_bytes() for p in sorted(path.glob("*.safetensors"))}
-            self._tensors: dict[str, Array] = {}
-            for name, data in files.items():
-                self._tensors |= read_tensors(data, str(path / name))
-            self.shape = _shape(self._config, path)
-        except OSError as error:
-            raise SourceError(f"{path} is not a model folder: {error.filename} cannot be read") from error
-        except (ValueError, KeyError, TypeError, ArtifactError) as error:
-            raise SourceError(f"{path} is damaged: {error}") from error
-        parts = [json.dumps(self._config, sort_keys=True).encode(), self._tokenizer_json.encode(), *files.values()]
-        self._digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+            self.files = _tensor_files(path)
 
     @property
     def model_id(self) -> str:
@@ -67,8 +49,8 @@ class HubSource:
     @property
     def eos_ids(self) -> Sequence[int]:
         """Tokens that end an answer."""
-        found = self._json("generation_config.json").get("eos_token_id", self._config.get("eos_token_id", []))
-        return tuple(found) if isinstance(found, list) else (int(found),)
+        found = self._json("generation_config.json").get("eos_token_id", self.config.get("eos_token_id"))
+        return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
 
     @property
     def has_lm_head(self) -> bool:
@@ -77,24 +59,16 @@ class HubSource:
 
     def digest(self) -> str:
         """SHA-256 over config, tokenizer and weights, in hex."""
-        return self._digest
+        parts = [json.dumps(self.config, sort_keys=True).encode(), self._tokenizer_json.encode()]
+        digests = [hashlib.sha256(part).digest() for part in parts]
+        for file in self.files:
+            with file.open("rb") as opened:
+                digests.append(hashlib.file_digest(opened, "sha256").digest())
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer.from_str(self._tokenizer_json)
-
-    def has(self, name: str) -> bool:
-        """Whether the tensor is there; a tied head is not."""
-        if name == "output.weight" and self._config.get("tie_word_embeddings"):
-            return False
-        return _hub_name(name) in self._tensors
-
-    def tensor(self, name: str) -> Floats:
-        """A tensor in fp32."""
-        found = self._tensors.get(_hub_name(name))
-        if found is None:
-            raise SourceError(f"{self.path} lacks the tensor '{_hub_name(name)}'")
-        return found.astype(np.float32)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -102,31 +76,74 @@ class HubSource:
         return found
 
 
-def _hub_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("blk."):
-        return f"{_TOP.get(stem, stem)}.{kind}"
-    _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{_LAYER.get(part, part)}.{kind}"
+class HubSource(HubFolder):
+    """A folder of a family that has a fused graph; raises `SourceError` for anything it cannot take."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._tensors: dict[str, Callable[[], Array]] = {}
+        with _told(path):
+            self._family = family_of(self.config)
+            self.shape: LlamaShape = self._family.shape(self.config)
+            self._maps = [_mapped(file) for file in self.files]
+            for file, data in zip(self.files, self._maps, strict=True):
+                self._tensors |= tensor_readers(data, str(file))
+        self._group = ""
+        if fault := self.shape.fault():
+            raise SourceError(f"{path} is damaged: its config gives a '{fault}' that cannot be")
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor is there; a tied head is not."""
+        if name == "output.weight" and self.config.get("tie_word_embeddings", self._family.tied):
+            return False
+        return self._family.stored(name, self.shape).name in self._tensors
+
+    def tensor(self, name: str) -> Floats:
+        """A tensor in fp32."""
+        self._let_go(name)
+        at = self._family.stored(name, self.shape)
+        if at.name not in self._tensors:
+            raise SourceError(f"{self.path} lacks the tensor '{at.name}'")
+        values = np.asarray(self._tensors[at.name](), np.float32)
+        if at.count:
+            return values[at.first : at.first + at.count]
+        return (
+            values + np.float32(self._family.norm_offset) if values.ndim == 1 and self._family.norm_offset else values
+        )
+
+    def _let_go(self, name: str) -> None:
+        """Free the memory of what was read of the files, whenever another layer is asked for; views stay valid."""
+        group = name[: name.find(".", len("blk."))]
+        if group != self._group and hasattr(mmap, "MADV_DONTNEED"):
+            for data in self._maps:
+                if isinstance(data, mmap.mmap):
+                    data.madvise(mmap.MADV_DONTNEED)
+        self._group = group
 
 
-def _shape(config: dict[str, Any], path: Path) -> LlamaShape:
-    if config.get("model_type") != "llama":
-        raise SourceError(f"{path} holds architecture '{config.get('model_type')}'; this reader takes 'llama'")
-    odd = [k for k in ("rope_scaling", "attention_bias", "mlp_bias") if config.get(k)]
-    rotary = config.get("rope_parameters") or {}
-    if odd or rotary.get("rope_type", "default") != "default":
-        raise SourceError(f"{path} uses '{(odd or ['rope_parameters'])[0]}', which is not supported")
-    heads = int(config["num_attention_heads"])
-    return LlamaShape(
-        n_layers=int(config["num_hidden_layers"]),
-        width=int(config["hidden_size"]),
-        n_heads=heads,
-        n_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-        mlp_width=int(config["intermediate_size"]),
-        vocab_size=int(config["vocab_size"]),
-        context=int(config["max_position_embeddings"]),
-        rope_theta=float(rotary.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        norm_eps=float(config["rms_norm_eps"]),
-    )
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a folder is read into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path} is not a whole model folder: {error.filename} cannot be read") from error
+    except (AttributeError, ValueError, KeyError, TypeError, ArtifactError) as error:
+        raise SourceError(f"{path} is damaged: {error}") from error
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    """The files of an index, or all there are, in order of their names."""
+    index = path / INDEX
+    if not index.is_file():
+        return sorted(path.glob("*.safetensors"))
+    names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    if foreign := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{INDEX} names the file '{foreign[0]}', which is not in the folder")
+    return [path / name for name in sorted(names)]
+
+
+def _mapped(file: Path) -> mmap.mmap | bytes:
+    """The file's bytes, read from the disk when they are looked at."""
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""

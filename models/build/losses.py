@@ -1,24 +1,35 @@
-"""What quantisation cost: compare a packed model with the fp32 model of the same source, on texts and on utterances."""
+"""What a build cost: the packed model against the source, layer by layer, on texts and on utterances.
+
+The source's fp32 weights in the same graph are what losses are measured against; that graph itself is held against
+the source model run by somebody else (`reference`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.artifact.names import FRAMES, PLAIN
-from models.build.graph import head_graph
-from models.build.pack import PackedModel
+from models.artifact.shape import LlamaShape
+from models.build.layerwise import LayerwiseDecoder, LayerwiseHead
+from models.build.quantise import Array
+from models.build.reference import Expected
 from models.build.source import Floats, SkillHead
-from models.runtime.engine import Decoder, Embeddings, EngineOptions
+from models.errors import SourceError
+from models.runtime.engine import Embeddings
 from models.runtime.frames import log_softmax
 from models.skills import encode
 
 Losses = dict[str, Any]
+LOGIT_TOLERANCE = 0.01
+"""How far a logit may be from the reference's, as a share of the standard deviation of all logits compared."""
+LONGEST = 1024
+"""Tokens of a text that are looked at."""
 
 PROSE = """\
 The harbour wakes before the town does. Fishing boats come in while the street lamps are still lit, and the gulls \
@@ -52,76 +63,136 @@ tell me a joke about penguins
 """Utterances, one a line, that every skill is asked."""
 
 
-def losses(
-    packed: PackedModel,
-    reference: PackedModel,
-    tokenizer: Tokenizer,
-    head: SkillHead | None,
-    texts: Sequence[Sequence[int]],
-) -> Losses:
-    """Compare on token sequences (`texts`, or the built-in prose) and, with a label head, on utterances of each skill.
+@dataclass(frozen=True)
+class Probe:
+    """Token sequences to measure on: `tokens` by the vocabulary head, `intents` (skill, ids) by the labels."""
 
-    Mean KL divergence in nats of the fp32 distribution from the quantised one, share of equal best choices, and how
-    many positions were compared.
+    tokens: Sequence[Sequence[int]] = ()
+    intents: Sequence[tuple[str, Sequence[int]]] = ()
+
+
+def probe(
+    tokenizer: Tokenizer, head: SkillHead | None, shape: LlamaShape, texts: Sequence[Sequence[int]], *, lm_head: bool
+) -> Probe:
+    """Take `texts`, or the built-in prose, and, with a label head, the utterances of each skill."""
+    longest = min(LONGEST, shape.context)
+    ids = texts or [tokenizer.encode(text, add_special_tokens=False).ids for text in PROSE.splitlines()]
+    return Probe(
+        [some[:longest] for some in ids if some] if lm_head else (),
+        _prompts(head, tokenizer, shape.vocab_size) if head else (),
+    )
+
+
+@dataclass
+class Side:
+    """One of two models compared: first the probe's texts, then its intents, then texts of its own."""
+
+    shape: LlamaShape
+    probe: Probe
+    split: bool
+    exact: bool
+    extra: Sequence[Sequence[int]] = ()
+    decoder: LayerwiseDecoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        aside = FRAMES if self.split else PLAIN
+        texts = [(PLAIN, ids) for ids in self.probe.tokens] + [(aside, ids) for _, ids in self.probe.intents]
+        texts += [(PLAIN, ids) for ids in self.extra]
+        self.decoder = LayerwiseDecoder(self.shape, texts, exact=self.exact)
+
+    def embed(self, table: Mapping[str, Array], inputs: Floats | None) -> None:
+        """Begin with the embeddings."""
+        self.decoder.embed(Embeddings(table, inputs, self.shape.width))
+
+    def layer(self, n: int, tensors: Mapping[str, Array], final_norm: Floats) -> None:
+        """Pass a layer."""
+        self.decoder.layer(n, tensors, final_norm)
+
+    def tokens(self) -> list[Floats]:
+        """Final states (T, C) of each text."""
+        return self.decoder.hidden[: len(self.probe.tokens)]
+
+    def intents(self) -> list[Floats]:
+        """Final states (T, C) of each utterance."""
+        at = len(self.probe.tokens)
+        return self.decoder.hidden[at : at + len(self.probe.intents)]
+
+    def own(self) -> list[Floats]:
+        """Final states (T, C) of the texts of its own."""
+        return self.decoder.hidden[len(self.probe.tokens) + len(self.probe.intents) :]
+
+
+class Tally:
+    """Collects mean KL divergence, in nats of the reference from the other, and the share of equal best choices."""
+
+    def __init__(self) -> None:
+        self._divergence: list[NDArray[np.float64]] = []
+        self._same: list[NDArray[np.bool_]] = []
+
+    def add(self, ours: Floats, reference: Floats) -> None:
+        """Compare logits (T, V)."""
+        p, q = log_softmax(reference), log_softmax(ours)
+        self._divergence.append((np.exp(p) * (p - q)).sum(-1))
+        self._same.append(p.argmax(-1) == q.argmax(-1))
+
+    def losses(self, name: str) -> Losses:
+        """The figures, by names that begin with `name`."""
+        return {
+            f"{name}_mean_kl": round(float(np.concatenate(self._divergence).mean()), 6),
+            f"{name}_top1_agreement": round(float(np.concatenate(self._same).mean()), 4),
+            f"{name}_positions": sum(len(same) for same in self._same),
+        }
+
+
+def token_losses(
+    ours: Side, our_head: LayerwiseHead, reference: Side, reference_head: LayerwiseHead, name: str = "token"
+) -> Losses:
+    """Compare the next-token distributions at every position of the probe's texts."""
+    tally = Tally()
+    for mine, theirs in zip(ours.tokens(), reference.tokens(), strict=True):
+        for a, b in zip(our_head.rows(mine), reference_head.rows(theirs), strict=True):
+            tally.add(a, b)
+    return tally.losses(name)
+
+
+def intent_losses(ours: Side, reference: Side, head: SkillHead) -> Losses:
+    """Compare the intents' distributions at the end of every utterance."""
+    tally = Tally()
+    for (skill, _), mine, theirs in zip(ours.probe.intents, ours.intents(), reference.intents(), strict=True):
+        labels = head.labels[head.skills.intent_rows(skill)].T
+        tally.add(mine[-1:] @ labels, theirs[-1:] @ labels)
+    return tally.losses("intent")
+
+
+def check(reference: str, expected: Sequence[Expected], logits_of: Callable[[int], Floats]) -> dict[str, Any]:
+    """Hold our fp32 logits (T, V) against those that the source's own model gives, and say how near they are.
+
+    Raises `SourceError` where a logit is further off than `LOGIT_TOLERANCE`, or where our best token would leave the
+    path of the reference's greedy answer. Where two best logits are nearer than the tolerance either may win.
     """
-    found: Losses = {}
-    if packed.lm_head:
-        ids = texts or [tokenizer.encode(text, add_special_tokens=False).ids for text in PROSE.splitlines()]
-        found |= _compare("token", _token_reader(packed), _token_reader(reference), ids)
-    if head:
-        prompts = _prompts(head, tokenizer, packed.shape.vocab_size)
-        found |= _compare("intent", _intent_reader(packed, head), _intent_reader(reference, head), prompts)
-    return found
-
-
-def _compare(
-    name: str, ours: Callable[[Any], Floats], theirs: Callable[[Any], Floats], inputs: Sequence[Any]
-) -> Losses:
-    divergence: list[NDArray[np.float64]] = []
-    same: list[NDArray[np.bool_]] = []
-    for item in inputs:
-        p, q = log_softmax(theirs(item)), log_softmax(ours(item))
-        divergence.append((np.exp(p) * (p - q)).sum(-1))
-        same.append(p.argmax(-1) == q.argmax(-1))
+    worst, positions, best, written, greedy = 0.0, 0, 0, 0, 0
+    for index, case in enumerate(expected):
+        ours = logits_of(index)
+        unit = float(case.logits.std()) or 1.0
+        worst = max(worst, float(np.abs(ours - case.logits).max()) / unit)
+        first_two = np.sort(case.logits, -1)[:, -2:]
+        clear = first_two[:, 1] - first_two[:, 0] > 2 * LOGIT_TOLERANCE * unit
+        same = ours.argmax(-1) == case.logits.argmax(-1)
+        positions, best = positions + len(same), best + int(same.sum())
+        answer = slice(case.n_prompt - 1, len(case.ids) - 1)
+        if not worst <= LOGIT_TOLERANCE or not same[clear].all():
+            raise SourceError(
+                f"the graph does not compute what {reference} does: logits differ by {worst:.3g} of their deviation; "
+                "nothing was written"
+            )
+        written, greedy = written + len(same[answer]), greedy + int(same[answer].sum())
     return {
-        f"{name}_mean_kl": round(float(np.concatenate(divergence).mean()), 6),
-        f"{name}_top1_agreement": round(float(np.concatenate(same).mean()), 4),
-        f"{name}_positions": sum(len(s) for s in same),
+        "against": reference,
+        "positions": positions,
+        "largest_logit_difference": float(f"{worst:.2g}"),
+        "best_tokens_equal": best,
+        **({"greedy_tokens": written, "greedy_tokens_equal": greedy} if written else {}),
     }
-
-
-def _decoder(packed: PackedModel, variant: str, inputs: Floats | None, longest: int = 1024) -> Decoder:
-    embeddings = Embeddings(packed.embeddings(), inputs, packed.shape.width)
-    return Decoder(packed.shape, packed.segments(variant), embeddings, EngineOptions(context=longest, sequences=1))
-
-
-def _token_reader(packed: PackedModel) -> Callable[[Sequence[int]], Floats]:
-    """Return a function from ids to logits (T, V)."""
-    decoder = _decoder(packed, PLAIN, None)
-    weights = packed.group("head")
-    settings = ort.SessionOptions()
-    settings.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(v) for v in weights.values()])
-    graph = head_graph(packed.shape, {name: value.shape for name, value in weights.items()})
-    head = ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-
-    def read(ids: Sequence[int]) -> Floats:
-        with decoder.sequence() as sequence:
-            hidden = sequence.hidden(ids[: decoder.context])
-        return np.asarray(head.run(["logits"], {"hidden": hidden[None]})[0][0], np.float32)
-
-    return read
-
-
-def _intent_reader(packed: PackedModel, head: SkillHead) -> Callable[[tuple[str, Sequence[int]]], Floats]:
-    """Return a function from a skill and a prompt to its intent logits (1, n_intents)."""
-    decoder = _decoder(packed, FRAMES if packed.split else PLAIN, head.inputs)
-
-    def read(prompt: tuple[str, Sequence[int]]) -> Floats:
-        with decoder.sequence() as sequence:
-            state = sequence.hidden(prompt[1])[-1:]
-        return state @ head.labels[head.skills.intent_rows(prompt[0])].T
-
-    return read
 
 
 def _prompts(head: SkillHead, tokenizer: Tokenizer, vocab_size: int) -> list[tuple[str, Sequence[int]]]:
@@ -133,12 +204,20 @@ def _prompts(head: SkillHead, tokenizer: Tokenizer, vocab_size: int) -> list[tup
     return [(name, encode(head.skills, name, text, ids, vocab_size).ids) for name, text in pairs]
 
 
+def describe_check(checked: Mapping[str, Any]) -> str:
+    """One line for people."""
+    if not checked:
+        return "not held against the source: it writes no text of its own"
+    difference, best, of = (checked[k] for k in ("largest_logit_difference", "best_tokens_equal", "positions"))
+    return f"as {checked['against']} in fp32: logits within {difference:g} σ, best token equal at {best} of {of}"
+
+
 def describe(found: Mapping[str, Any]) -> str:
     """One line for people."""
     parts = [
-        f"{what}s: mean KL {found[f'{what}_mean_kl']:.4f}, top-1 agreement {found[f'{what}_top1_agreement']:.3f} "
+        f"{title}: mean KL {found[f'{what}_mean_kl']:.4f}, top-1 agreement {found[f'{what}_top1_agreement']:.3f} "
         f"over {found[f'{what}_positions']} positions"
-        for what in ("token", "intent")
+        for what, title in (("token", "tokens"), ("intent", "intents"), ("pruning", "dropped layers, against all"))
         if f"{what}_mean_kl" in found
     ]
     return "loss against fp32: " + ("; ".join(parts) or "none, this is fp32")

@@ -1,4 +1,4 @@
-"""Turn a source into named tensors and graphs, all in memory: what an artifact is made of."""
+"""Turn a source into named tensors and graphs, one layer at a time: what an artifact is made of."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
-from models.build.graph import FAST_ACTIVATIONS, decoder_graph
+from models.build.graph import FAST_ACTIVATIONS, Dims, decoder_graph
 from models.build.progress import Report
-from models.build.quantise import Array, operands, outputs_and_blocks
+from models.build.quantise import Array, expert_operands, operands, outputs_and_blocks
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
@@ -25,13 +25,174 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The source's tensors that each fused projection is made of."""
 NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
-UNSUPPORTED = ("rope_freqs.weight", "blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "blk.0.attn_q_norm.weight")
+"""The norms that every layer has, and the source's names for them."""
+MORE_NORMS = {
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_post_norm": "post_ffw_norm",
+}
+"""The norms that some families have."""
+UNSUPPORTED = ("blk.0.attn_sinks.weight", "blk.0.ffn_gate_inp_shexp.weight", "per_layer_token_embd.weight")
 """Tensors of relatives of Llama that this graph would silently compute wrongly."""
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a source becomes tensors named as in `models.artifact.names`; the adapter is merged or stays beside."""
+
+    source: TensorSource
+    quant: str
+    adapter: Adapter | None = None
+    merge: bool = False
+    exits: tuple[int, ...] = ()
+    exit_norms: Floats | None = None
+
+    @property
+    def shape(self) -> LlamaShape:
+        """The source's numbers."""
+        return self.source.shape
+
+    @property
+    def split(self) -> bool:
+        """Whether the adapter stays beside the weights."""
+        return self.adapter is not None and self.adapter.has_updates and not self.merge
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The graph variants: without a vocabulary head nobody needs the plain one beside the adapted."""
+        return variants(self.split, self.source.has_lm_head)
+
+    def check(self) -> None:
+        """Raise `SourceError` if the source has tensors that the graph does not know."""
+        if self.shape.n_experts and self.adapter:
+            raise SourceError("an adapter does not fit a mixture of experts")
+        if self.shape.n_experts and self.quant != "fp32" and (self.shape.width % 32 or self.shape.mlp_width % 32):
+            raise SourceError("experts whose widths are no multiples of 32 cannot be quantised; use --quant fp32")
+        unknown = UNSUPPORTED if self.shape.n_experts else (*UNSUPPORTED, "blk.0.ffn_gate_inp.weight")
+        strange = [name for name in unknown if self.source.has(name)]
+        if strange:
+            raise SourceError(f"the model has the tensor '{strange[0]}', which is not supported")
+
+    def layer(self, n: int) -> dict[str, Array]:
+        """Tensors of layer `n`; raises `SourceError` if one is absent or misshapen."""
+        tensors: dict[str, Array] = {}
+        updates = self.adapter.updates(n) if self.adapter else {}
+        for site in SITES if not self.shape.n_experts else SITES[:2]:
+            update = updates.get(site)
+            tensors |= self._site(n, site, update.b @ update.a if update and self.merge else None)
+            if update and not self.merge:
+                tensors |= {f"adapter.{n}.{site}.a": update.a, f"adapter.{n}.{site}.b": update.b}
+        tensors |= self._norms(n)
+        if self.shape.n_experts:
+            tensors |= self._mixture(n)
+        if self.exit_norms is not None and n + 1 in self.exits:
+            tensors[f"layers.{n}.exit_norm"] = self.exit_norms[self.exits.index(n + 1)]
+        return tensors
+
+    def top(self) -> dict[str, Array]:
+        """The final norm and, if there is one, the head."""
+        found: dict[str, Array] = {"final_norm": self._vector("output_norm.weight", self.shape.width)}
+        if self.source.has_lm_head:
+            found |= self._table("head", "output.weight" if self._untied else "token_embd.weight")
+        return found
+
+    def embeddings(self) -> dict[str, Array]:
+        """The embedding table; nothing where it is the head's, which is stored once."""
+        return self._table("embeddings", "token_embd.weight") if self._untied or not self.source.has_lm_head else {}
+
+    @property
+    def _untied(self) -> bool:
+        return self.source.has("output.weight")
+
+    def _site(self, n: int, site: str, extra: Floats | None) -> dict[str, Array]:
+        names = [f"blk.{n}.{part}" for part in PARTS[site]]
+        weights = [f"{name}.weight" for name in names]
+        n_in, n_out = site_widths(self.shape)[site]
+        found = operands(self.source, weights, self.quant, extra)
+        if outputs_and_blocks(found) != (n_out, -(-n_in // 32)):
+            raise SourceError(
+                f"the tensors {', '.join(weights)} do not have the shape that the model's numbers ask for"
+            )
+        if any(self.source.has(f"{name}.bias") for name in names):
+            found["bias"] = np.concatenate([self.source.tensor(f"{name}.bias") for name in names])
+            if found["bias"].shape != (n_out,):
+                raise SourceError(f"the biases of {', '.join(names)} do not have the shape that the matrices ask for")
+        return {f"layers.{n}.{site}.{key}": value for key, value in found.items()}
+
+    def _mixture(self, n: int) -> dict[str, Array]:
+        """Router in fp32, and the experts one below the other: gate and up (E, 2M, C) interleaved, down (E, C, M)."""
+        s = self.shape
+        found: dict[str, Array] = {"router.w": self.source.tensor(f"blk.{n}.ffn_gate_inp.weight")}
+        gate_up: list[dict[str, Array]] = []
+        down: list[dict[str, Array]] = []
+        for expert in range(s.n_experts):
+            gate, up, last = (
+                self.source.tensor(f"blk.{n}.ffn_{part}.{expert}.weight") for part in ("gate", "up", "down")
+            )
+            both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[-1])
+            if both.shape != (2 * s.mlp_width, s.width) or last.shape != (s.width, s.mlp_width):
+                raise SourceError(f"expert {expert} of layer {n} does not have the shape that the numbers ask for")
+            gate_up.append(expert_operands(both, self.quant))
+            down.append(expert_operands(last, self.quant))
+        for name, parts in (("experts_gate_up", gate_up), ("experts_down", down)):
+            found |= {f"{name}.{key}": np.stack([part[key] for part in parts]) for key in parts[0]}
+        return {f"layers.{n}.{key}": value for key, value in found.items()}
+
+    def _norms(self, n: int) -> dict[str, Array]:
+        there = {name: origin for name, origin in MORE_NORMS.items() if self.source.has(f"blk.{n}.{origin}.weight")}
+        return {
+            f"layers.{n}.{name}": self._vector(
+                f"blk.{n}.{origin}.weight", self.shape.head_dim if name in {"q_norm", "k_norm"} else self.shape.width
+            )
+            for name, origin in (NORMS | there).items()
+        }
+
+    def _table(self, group: str, name: str) -> dict[str, Array]:
+        """Head or embeddings, at least in 8 bits: four cost a small model too much."""
+        found = operands(self.source, [name], "int8" if self.quant == "int4" else self.quant)
+        if outputs_and_blocks(found) != (self.shape.vocab_size, -(-self.shape.width // 32)):
+            raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
+        return {f"{group}.{key}": value for key, value in found.items()}
+
+    def _vector(self, name: str, width: int) -> Floats:
+        values = np.asarray(self.source.tensor(name), np.float32)
+        if values.shape != (width,):
+            raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
+        return values
+
+
+def site_widths(shape: LlamaShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each fused projection."""
+    return {
+        "qkv": (shape.width, shape.qkv_width),
+        "out": (shape.query_width, shape.width),
+        "gate_up": (shape.width, 2 * shape.mlp_width),
+        "down": (shape.mlp_width, shape.width),
+    }
+
+
+def variants(split: bool, lm_head: bool) -> tuple[str, ...]:
+    """The graph variants of a model whose adapter is beside the weights or not."""
+    return (PLAIN, FRAMES) if split and lm_head else (FRAMES,) if split else (PLAIN,)
+
+
+def graphs(
+    shape: LlamaShape,
+    exits: Sequence[int],
+    lm_head: bool,
+    dims: Mapping[str, Dims],
+    variant: str,
+    accuracy_level: int = FAST_ACTIVATIONS,
+) -> Iterator[tuple[Span, bytes]]:
+    """The graph of each segment of a variant; `dims` are the dimensions of all tensors."""
+    for span in spans(shape.n_layers, exits, lm_head and variant == PLAIN):
+        yield span, decoder_graph(shape, span, dims, adapter=variant == FRAMES, accuracy_level=accuracy_level)
+
+
+@dataclass(frozen=True)
 class PackedModel:
-    """Named tensors as in `models.artifact.names`, and how to run them; `split`: the adapter is beside the weights."""
+    """A whole model in memory, for tests and small experiments; `split`: the adapter is beside the weights."""
 
     shape: LlamaShape
     exits: tuple[int, ...]
@@ -42,14 +203,13 @@ class PackedModel:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The graph variants: without a vocabulary head nobody needs the plain one beside the adapted."""
-        return (PLAIN, FRAMES) if self.split and self.lm_head else (FRAMES,) if self.split else (PLAIN,)
+        """The graph variants."""
+        return variants(self.split, self.lm_head)
 
     def segments(self, variant: str) -> Iterator[Segment]:
         """Graph and weights of each segment."""
         dims = {name: value.shape for name, value in self.tensors.items()}
-        for span in spans(self.shape.n_layers, self.exits, self.lm_head and variant == PLAIN):
-            graph = decoder_graph(self.shape, span, dims, adapter=variant == FRAMES, accuracy_level=self.accuracy_level)
+        for span, graph in graphs(self.shape, self.exits, self.lm_head, dims, variant, self.accuracy_level):
             yield Segment(span, graph, self._weights(span, variant))
 
     def _weights(self, span: Span, variant: str) -> dict[str, Array]:
@@ -84,72 +244,14 @@ def pack(
     exit_norms: Floats | None = None,
     accuracy_level: int = FAST_ACTIVATIONS,
 ) -> PackedModel:
-    """Quantise layer by layer; raises `SourceError` if a tensor is absent, misshapen or of another architecture."""
-    strange = [name for name in UNSUPPORTED if source.has(name)]
-    if strange:
-        raise SourceError(f"the model has the tensor '{strange[0]}', which plain Llama lacks; it is not supported")
-    shape = source.shape
+    """Pack a whole model at once; raises `SourceError` if a tensor is absent, misshapen or of another architecture."""
+    packing = Packing(source, quant, adapter, merge, tuple(exits), exit_norms)
+    packing.check()
+    n_layers = source.shape.n_layers
     tensors: dict[str, Array] = {}
-    for layer in range(shape.n_layers):
-        tensors |= _layer(source, layer, quant, adapter, merge=merge)
-        report(layer + 1, shape.n_layers + 1, f"{quant}: layer {layer + 1} of {shape.n_layers}")
-    for passed, norm in zip(exits, exit_norms if exit_norms is not None else (), strict=True):
-        tensors[f"layers.{passed - 1}.exit_norm"] = norm
-    tensors["final_norm"] = _vector(source, "output_norm.weight", shape.width)
-    tensors |= _tables(source, quant)
-    report(shape.n_layers + 1, shape.n_layers + 1, f"{quant}: head")
-    split = adapter is not None and adapter.has_updates and not merge
-    return PackedModel(shape, tuple(exits), source.has_lm_head, split, tensors, accuracy_level)
-
-
-def _layer(source: TensorSource, layer: int, quant: str, adapter: Adapter | None, *, merge: bool) -> dict[str, Array]:
-    tensors: dict[str, Array] = {}
-    updates = adapter.updates(layer) if adapter else {}
-    widths = site_widths(source.shape)
-    for site in SITES:
-        update = updates.get(site)
-        extra = update.b @ update.a if update and merge else None
-        names = [f"blk.{layer}.{part}.weight" for part in PARTS[site]]
-        found = operands(source, names, quant, extra)
-        n_in, n_out = widths[site]
-        if outputs_and_blocks(found) != (n_out, -(-n_in // 32)):
-            raise SourceError(f"the tensors {', '.join(names)} do not have the shape that the model's numbers ask for")
-        tensors |= {f"layers.{layer}.{site}.{key}": value for key, value in found.items()}
-        if update and not merge:
-            tensors |= {f"adapter.{layer}.{site}.a": update.a, f"adapter.{layer}.{site}.b": update.b}
-    for name, origin in NORMS.items():
-        tensors[f"layers.{layer}.{name}"] = _vector(source, f"blk.{layer}.{origin}.weight", source.shape.width)
-    return tensors
-
-
-def site_widths(shape: LlamaShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each fused projection."""
-    return {
-        "qkv": (shape.width, shape.qkv_width),
-        "out": (shape.query_width, shape.width),
-        "gate_up": (shape.width, 2 * shape.mlp_width),
-        "down": (shape.mlp_width, shape.width),
-    }
-
-
-def _tables(source: TensorSource, quant: str) -> dict[str, Array]:
-    """Head and embeddings, at least in 8 bits: four cost a small model too much. Tied ones are stored once."""
-    quant = "int8" if quant == "int4" else quant
-    untied = source.has("output.weight")
-    tables = {"head": "output.weight" if untied else "token_embd.weight"} if source.has_lm_head else {}
-    if untied or not source.has_lm_head:
-        tables["embeddings"] = "token_embd.weight"
-    packed: dict[str, Array] = {}
-    for group, name in tables.items():
-        found = operands(source, [name], quant)
-        if outputs_and_blocks(found) != (source.shape.vocab_size, -(-source.shape.width // 32)):
-            raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
-        packed |= {f"{group}.{key}": value for key, value in found.items()}
-    return packed
-
-
-def _vector(source: TensorSource, name: str, width: int) -> Floats:
-    values = np.asarray(source.tensor(name), np.float32)
-    if values.shape != (width,):
-        raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
-    return values
+    for n in range(n_layers):
+        tensors |= packing.layer(n)
+        report(n + 1, n_layers + 1, f"{quant}: layer {n + 1} of {n_layers}")
+    tensors |= packing.top() | packing.embeddings()
+    report(n_layers + 1, n_layers + 1, f"{quant}: head")
+    return PackedModel(source.shape, packing.exits, source.has_lm_head, packing.split, tensors, accuracy_level)

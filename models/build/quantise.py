@@ -7,7 +7,7 @@ tensors get the best symmetric scale of a few, block by block. Shapes: N outputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Scales tried by `symmetric`, as shares of the one that just holds the largest weight."""
 
+WEIGHTS_AT_ONCE = 2**19
+"""How many weights `symmetric` looks at together."""
+
 
 def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floats | None = None) -> dict[str, Array]:
     """Return the operands of the named matrices, stacked: `w`, or `q`, `scale` and perhaps `shift`.
@@ -34,16 +37,39 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
     `quant` is 'fp32', 'int8' or 'int4'; `extra` (N, K) is added to the weights, which then leave the file's grid.
     """
     bits = BITS.get(quant)
-    if bits is None or extra is not None or not (isinstance(source, GridSource) and _on_grid(source, names, bits)):
-        stacked = np.concatenate([source.tensor(name) for name in names])
-        stacked = stacked if extra is None else stacked + extra
-        return {"w": stacked} if bits is None else symmetric(stacked, bits)
-    parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
+    if bits is not None and extra is None and isinstance(source, GridSource) and _on_grid(source, names, bits):
+        parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
+    else:
+        parts = []
+        for rows in _matrices(source, names, extra):
+            parts.append({"w": rows} if bits is None else symmetric(rows, bits))
+    if len(parts) == 1:
+        return parts[0]
+    if bits is None:
+        return {"w": np.concatenate([part["w"] for part in parts])}
     joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
     if any("shift" in part for part in parts):
         shifts = [part.get("shift", np.zeros_like(part["scale"].T)) for part in parts]
         joined["shift"] = np.concatenate(shifts, axis=1)
     return joined
+
+
+def expert_operands(weights: Floats, quant: str) -> dict[str, Array]:
+    """Operands of one expert's matrix (N, K) as the mixture's operator reads them: codes (N, K or K/2), no blocks."""
+    bits = BITS.get(quant)
+    if bits is None:
+        return {"w": weights}
+    found = symmetric(weights, bits)
+    return {"q": found["q"].reshape(len(weights), -1), "scale": found["scale"]}
+
+
+def _matrices(source: TensorSource, names: Sequence[str], extra: Floats | None) -> Iterator[Floats]:
+    """The named matrices, one at a time, each with its rows of `extra` added."""
+    row = 0
+    for name in names:
+        values = source.tensor(name)
+        yield values if extra is None else values + extra[row : row + len(values)]
+        row += len(values)
 
 
 def _on_grid(source: GridSource, names: Sequence[str], bits: int) -> bool:
@@ -81,7 +107,22 @@ def unpack_nibbles(packed: Bytes) -> Bytes:
 
 
 def symmetric(weights: Floats, bits: int) -> dict[str, Array]:
-    """Quantise (N, K) to `bits` per block of 32, choosing each block's scale by its squared error; K is padded."""
+    """Quantise (N, K) to `bits` per block of 32, choosing each block's scale by its squared error; K is padded.
+
+    Works through a few rows at a time, so that it needs little more memory than its result.
+    """
+    n_rows, n_in = weights.shape
+    n_blocks = -(-n_in // BLOCK)
+    q = np.empty((n_rows, n_blocks, BLOCK * bits // BYTE), np.uint8)
+    scale = np.empty((n_rows, n_blocks), np.float32)
+    step = max(1, WEIGHTS_AT_ONCE // n_in)
+    for at in range(0, n_rows, step):
+        rows = slice(at, at + step)
+        q[rows], scale[rows] = _symmetric(weights[rows], bits)
+    return {"q": q, "scale": scale}
+
+
+def _symmetric(weights: Floats, bits: int) -> tuple[Bytes, Floats]:
     n_rows, n_in = weights.shape
     padded = np.pad(weights, ((0, 0), (0, -n_in % BLOCK))).reshape(n_rows, -1, BLOCK)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -94,8 +135,7 @@ def symmetric(weights: Floats, bits: int) -> dict[str, Array]:
         best_scale = np.where(better, share * peak / low, best_scale)
         best_codes, best_error = np.where(better, codes, best_codes), np.minimum(error, best_error)
     q = (best_codes - low).astype(np.uint8)
-    scale = np.ascontiguousarray(best_scale[..., 0], np.float32)
-    return {"q": q if bits == BYTE else pack_nibbles(q), "scale": scale}
+    return q if bits == BYTE else pack_nibbles(q), best_scale[..., 0]
 
 
 def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""The trainings of the command line, from names to finished files. torch is imported only where one begins."""
+"""The builds and trainings of the command line, from names to finished files. torch is imported where one begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.artifact.store import Artifact
 from models.build.adapter import recalibrate_card
 from models.build.calibrate import Level, Reading, calibrate, decode
 from models.build.datasets import Example, load, log_prior, outside
-from models.build.fetch import open_source
+from models.build.fetch import open_folder, open_source
 from models.build.gguf_source import GgufSource
 from models.build.progress import Report
 from models.build.readings import read
@@ -21,6 +21,23 @@ from models.runtime.local import LocalTier
 from models.skills import Skill
 
 GRADES = ("exact", "agree-edge")
+
+
+def build_tier(
+    source: str, cache: Path, out: Path, quant: str, adapter: Path | None, via: str, prune: int, report: Report
+) -> Artifact:
+    """Build the artifact of whatever `source` names; raises `SourceError` or `ArtifactError`."""
+    from models.build.assemble import OPTIMUM, OWN, build
+
+    if via == OWN:
+        return build(open_source(source, cache, report), out, quant, adapter, report, prune=prune)
+    if via != OPTIMUM:
+        raise SourceError(f"--via {via} is unknown; use {OWN} or {OPTIMUM}")
+    if adapter or prune:
+        raise SourceError("--adapter and --prune work on our own graph only; leave --via optimum out")
+    from models.build.optimum_export import build_exported
+
+    return build_exported(open_folder(source, cache, report), out, quant, report)
 
 
 def adapt_edge(

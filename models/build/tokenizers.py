@@ -6,9 +6,25 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def _by_words(digits: str) -> pre_tokenizers.PreTokenizer:
+    """Cut as Llama 3 and Qwen do, which differ in how many digits stay together."""
+    words = Regex(_WORDS.replace("{DIGITS}", digits))
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
 
 SPLITTERS = {
+    "llama-bpe": _by_words("{1,3}"),
+    "qwen2": _by_words(""),
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -23,6 +39,8 @@ def byte_level_bpe(
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = SPLITTERS[splitter]
     tokenizer.decoder = decoders.ByteLevel()
+    if splitter == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     return tokenizer
 

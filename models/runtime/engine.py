@@ -12,9 +12,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -50,6 +50,37 @@ class EngineOptions:
     sequences: int = 4
     prefix_cache_bytes: int = 0
     providers: Sequence[str] = (CPU,)
+
+
+class TextSequence(Protocol):
+    """A growing token sequence: what text is written with."""
+
+    length: int
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return logits (V,) for the next token; raises `PromptTooLongError` if they do not fit."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+
+class TextEngine(Protocol):
+    """A loaded model that writes text, whatever graph it has; `context` in tokens."""
+
+    context: int
+
+    def sequence(
+        self, deadline: float = math.inf, gone: Callable[[], bool] | None = None
+    ) -> AbstractContextManager[TextSequence]:
+        """Lend an empty sequence; waits while all are in use.
+
+        The earliest `deadline`, on any one clock, goes first where passes are shared. Reading a long prompt ends with
+        `AbandonedError` once `gone` says that nobody waits for the answer.
+        """
 
 
 @dataclass(frozen=True)
@@ -211,11 +242,38 @@ def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
         raise ArtifactError(f"onnxruntime refuses layers {part.span.first} to {part.span.stop - 1}: {error}") from error
 
 
-def rotary_tables(shape: LlamaShape, positions: int) -> tuple[Floats, Floats]:
-    """Cosines and sines (positions, D/2) of the rotary embedding."""
-    frequencies = shape.rope_theta ** -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+def rotary_tables(shape: LlamaShape, positions: int) -> dict[str, Floats]:
+    """Cosines and sines (positions, D/2) of the rotary embedding, by their names in the graph."""
+    exponents = -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+    frequencies = shape.rope_theta**exponents / np.asarray(shape.rope_divisors or 1.0)
+    tables = _rotary("", frequencies, shape.rope_magnitude, positions)
+    if shape.local_rope_theta:
+        tables |= _rotary("local_", shape.local_rope_theta**exponents, 1.0, positions)
+    return tables
+
+
+def _rotary(kind: str, frequencies: NDArray[np.float64], magnitude: float, positions: int) -> dict[str, Floats]:
     angles = np.arange(positions)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    tables = {f"{kind}cos": np.cos(angles), f"{kind}sin": np.sin(angles)}
+    return {name: (magnitude * table).astype(np.float32) for name, table in tables.items()}
+
+
+def check_room(ids: Sequence[int], context: int, room: int) -> None:
+    """Raise `PromptTooLongError` if there are no ids, or more than there is room for."""
+    if not ids:
+        raise PromptTooLongError("the prompt has no tokens", "messages")
+    if len(ids) > room:
+        raise PromptTooLongError(
+            f"the prompt is longer than the model's context of {context} tokens; shorten it", "messages"
+        )
+
+
+def chunks(ids: Sequence[int], gone: Callable[[], bool] | None) -> Iterator[Sequence[int]]:
+    """Cut ids into pieces that go through a model at once; raises `AbandonedError` before one if nobody waits."""
+    for at in range(0, len(ids), CHUNK):
+        if gone is not None and gone():
+            raise AbandonedError("nobody waits for this answer any more")
+        yield ids[at : at + CHUNK]
 
 
 class _Stack:
@@ -225,13 +283,13 @@ class _Stack:
         self,
         shape: LlamaShape,
         segments: Sequence[tuple[Span, ort.InferenceSession]],
-        rotary: tuple[Floats, Floats],
+        rotary: Mapping[str, Floats],
         memory: KeyValueMemory,
         slots: range,
     ) -> None:
         self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
         inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
-        inputs |= zip(("cos", "sin"), rotary, strict=True)
+        inputs |= rotary
         self._bound = [_Bound(shape, span, session, inputs, memory, slots) for span, session in segments]
 
     def run(self, x: Floats, last_positions: Sequence[int]) -> Iterator[_Bound]:
@@ -332,7 +390,7 @@ class TokenSequence:
         begins = not self.length
         if begins:
             self._recall(ids)
-        for chunk in self._chunks(ids[self.length if begins else 0 :]):
+        for chunk in chunks(ids[self.length if begins else 0 :], self.gone):
             self._logits = self._read(chunk)["logits"][0, -1]
         if begins:
             self.remember()
@@ -341,7 +399,7 @@ class TokenSequence:
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
         self._check(ids)
-        return np.concatenate([self._read(chunk)["hidden"][0].copy() for chunk in self._chunks(ids)])
+        return np.concatenate([self._read(chunk)["hidden"][0].copy() for chunk in chunks(ids, self.gone)])
 
     def hidden_early(self, ids: Sequence[int], enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
         """Like `hidden`, for the last ids only, but stop at the first exit whose last state (C,) is `enough`.
@@ -350,7 +408,7 @@ class TokenSequence:
         counts as full.
         """
         self._check(ids)
-        *before, last = list(self._chunks(ids))
+        *before, last = list(chunks(ids, self.gone))
         for chunk in before:
             self._read(chunk)
         stopped = self._read(last, until=lambda segment: enough(segment["hidden"][0, -1].copy()))
@@ -385,19 +443,7 @@ class TokenSequence:
         self._alone(copy)
 
     def _check(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise PromptTooLongError("the prompt has no tokens", "messages")
-        if len(ids) > self.room:
-            limit = self._decoder.context
-            raise PromptTooLongError(
-                f"the prompt is longer than the model's context of {limit} tokens; shorten it", "messages"
-            )
-
-    def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        for at in range(0, len(ids), CHUNK):
-            if self.gone is not None and self.gone():
-                raise AbandonedError("nobody waits for this answer any more")
-            yield ids[at : at + CHUNK]
+        check_room(ids, self._decoder.context, self.room)
 
     def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False) -> _Bound:
         """Read one chunk, alone; returns the segment after which `until` said so, or the last."""

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.artifact.manifest import Manifest
+from models.artifact.manifest import EXPORTED, Manifest
 from models.artifact.names import FRAMES, PLAIN, graph_file
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
-from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TokenSequence, segments
+from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TextEngine, TokenSequence, segments
+from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
 from models.runtime.providers import CPU
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
@@ -106,7 +107,7 @@ class SkillReader:
 class TextWriter:
     """Answers chats and completions with text."""
 
-    def __init__(self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer) -> None:
         from models.runtime.grammar import Grammars  # a tier that answers skills only does without its 6 MB
 
         self._decoder, self._tokenizer = decoder, tokenizer
@@ -114,7 +115,9 @@ class TextWriter:
         self._template = ChatTemplate(template) if template else None
         self._control = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
         self._vocabulary = Vocabulary(tokenizer.decode, frozenset(artifact.manifest.eos_ids))
-        self._grammars = Grammars(tokenizer.to_str(), decoder.embeddings.vocab_size, artifact.manifest.eos_ids)
+        self._grammars = Grammars(
+            tokenizer.to_str(), artifact.manifest.architecture.vocab_size, artifact.manifest.eos_ids
+        )
 
     def ids(self, prompt: Chat | Completion) -> list[int]:
         """Encode a prompt; raises `PromptError` if it is empty or too long, or a chat where there is no template."""
@@ -193,6 +196,10 @@ class LocalTier:
         writing = replace(options, prefix_cache_bytes=prefix_cache_bytes if m.lm_head else 0)
         turns = Turns()
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
+        context = min(context, m.architecture.context)
+        if m.graph == EXPORTED:
+            exported = ExportedDecoder.open(artifact, options)
+            return cls(_card(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
         decoders = {
             v: Decoder(m.architecture, segments(artifact, v), embeddings, writing if v == PLAIN else options, turns)
@@ -201,7 +208,7 @@ class LocalTier:
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
-        card = _card(name, m, min(context, m.architecture.context), next(iter(decoders.values())).provider)
+        card = _card(name, m, context, next(iter(decoders.values())).provider)
         return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN)))
 
     @property
