@@ -141,9 +141,9 @@ def test_an_interrupted_write_leaves_the_old_artifact(tmp_path: Path) -> None:
     old = write_artifact(tmp_path / "a", fill)
 
     def fail(_writer: ArtifactWriter) -> Manifest:
-        raise OSError("disk full")
+        raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ArtifactError, match="cannot be written: Input/output error"):
         write_artifact(tmp_path / "a", fail)
     assert Artifact.open(tmp_path / "a") == old
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

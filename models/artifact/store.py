@@ -305,11 +305,9 @@ def write_artifact(
     try:
         return _write(path, add_files, sign)
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise ArtifactError(
-                f"there is no space left for {path}; nothing was written: free some and try again"
-            ) from error
-        raise
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        why = "there is no space left; free some" if full else error.strerror
+        raise ArtifactError(f"{path} cannot be written: {why}; what was there is as it was") from error
 
 
 def _write(

@@ -14,7 +14,7 @@ from models.artifact.manifest import Manifest, Sealed
 from models.artifact.sealing import KEY_BYTES, NONCE_BYTES, Binding, seal
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.progress import Report
-from models.errors import ArtifactError, KeyUnavailableError, SealError
+from models.errors import KeyUnavailableError, SealError
 from models.runtime.local import LocalTier
 
 
@@ -38,10 +38,7 @@ def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: by
         report(len(manifest.files), len(manifest.files), "")
         return replace(manifest, sealed=wrapped)
 
-    try:
-        write_artifact(out, add_files, _signer(signing_key))
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written ({error.strerror}); it is as it was") from error
+    write_artifact(out, add_files, _signer(signing_key))
     return Artifact.open(out, keys=keys)
 
 
