@@ -119,7 +119,7 @@ def test_verify_checks_the_signature(sealed: Path, run: Run) -> None:
     ("line", "word"),
     [
         ("edgecascade seal var/edge var/out", "--key-file"),
-        ("edgecascade seal var/edge var/out --key-file nowhere", "nowhere"),
+        ("edgecascade seal var/edge var/out --key-file nowhere", "MODEL_KEY_FILE names a file"),
         ("edgecascade seal var/edge var/out --key-file .secrets/sign.key", "edgecascade-sealing-key"),
         ("edgecascade seal var/edge var/out --key-file .secrets/seal.key", "sealed already"),
         ("edgecascade seal nowhere var/out --key-file .secrets/seal.key", "not an artifact"),

@@ -72,7 +72,9 @@ def test_a_signing_key_is_read_from_a_file(tmp_path: Path) -> None:
         ({"MODEL_KEY": SECRET_TEXT, "MODEL_KMS_KEY_ID": "x"}, "MODEL_KEY and MODEL_KMS_KEY_ID"),
         ({"MODEL_KEYS": "x"}, "MODEL_KEYS is not a setting"),
         ({"MODEL_KMS_KEY": "x"}, "MODEL_KMS_KEY is not a setting"),
-        ({"MODEL_KEY_FILE": "/nowhere/model-key"}, "MODEL_KEY_FILE: the file /nowhere/model-key"),
+        ({"MODEL_KEY_FILE": "/nowhere/model-key"}, "MODEL_KEY_FILE names a file that cannot be read"),
+        ({"MODEL_KEY_FILE": SECRET_TEXT}, "MODEL_KEY_FILE names a file that cannot be read"),
+        ({"MODEL_PUBLIC_KEY": SECRET_TEXT}, "MODEL_PUBLIC_KEY names a file that cannot be read"),
         ({"MODEL_KEY": "hunter2-" * 6}, "MODEL_KEY is not such a key"),
         ({"MODEL_KEY": PUBLIC_TEXT}, SEALING),
         ({"MODEL_PUBLIC_KEY": PUBLIC_TEXT[:-4]}, "MODEL_PUBLIC_KEY"),
@@ -88,7 +90,7 @@ def test_a_mistake_stops_the_start_by_its_name(environment: dict[str, str], word
 
 def test_a_file_that_is_no_text_is_no_key(tmp_path: Path) -> None:
     (tmp_path / "model-key").write_bytes(b"\xff" * 32)
-    with pytest.raises(ConfigError, match="it is not text"):
+    with pytest.raises(ConfigError, match="not text"):
         open_keys(KeySettings(key_file=str(tmp_path / "model-key")))
 
 

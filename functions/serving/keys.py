@@ -44,17 +44,18 @@ def open_keys(settings: KeySettings) -> Keys:
 
 def read_signing_key(path: str) -> bytes:
     """Read the key that signs manifests; raises `ConfigError`."""
-    return _parsed(path, SIGNING, _text("the signing key", path))
+    return _parsed("the signing key", SIGNING, _text("the signing key", path))
 
 
 def _text(setting: str, path: str) -> str:
+    """Read a file; its name is not repeated, as it may be a key that was put in the wrong setting."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             return file.read(_KEY_FILE_BYTES)
     except OSError as error:
-        raise ConfigError(f"{setting}: the file {path} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{setting} names a file that cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{setting}: the file {path} holds no key: it is not text") from None
+        raise ConfigError(f"{setting} names a file that is not text and holds no key") from None
 
 
 def _parsed(setting: str, purpose: str, text: str) -> bytes:
