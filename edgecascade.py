@@ -145,7 +145,7 @@ def build(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
-    quant: Annotated[str, typer.Option(help="int4, int8 or fp32.")] = "int4",
+    quant: Annotated[str, typer.Option(help="int4, int4-mixed, int4-gptq, int8 or fp32.")] = "int4",
     as_json: Json = False,
 ) -> None:
     """Make a tier's artifact of a model, without torch; one that is up to date is left as it is.

@@ -16,7 +16,7 @@ from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
 
 SCHEMA = 2
-QUANTISATIONS = ("int4", "int8", "fp32")
+QUANTISATIONS = ("int4", "int4-mixed", "int4-gptq", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PROVIDER = re.compile(r"[a-z][a-z0-9-]{0,31}")

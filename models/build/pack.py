@@ -10,9 +10,10 @@ import numpy as np
 from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
+from models.build.gptq import Rounding, calibration_ids
 from models.build.graph import FAST_ACTIVATIONS, decoder_graph
 from models.build.progress import Report
-from models.build.quantise import Array, operands, outputs_and_blocks
+from models.build.quantise import SCHEMES, TABLE, Array, Scheme, fits, operands, stacked
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
@@ -90,36 +91,59 @@ def pack(
         raise SourceError(f"the model has the tensor '{strange[0]}', which plain Llama lacks; it is not supported")
     shape = source.shape
     tensors: dict[str, Array] = {}
+    schemes = SCHEMES[quant]
+    rounding = _rounding(source, schemes)
     for layer in range(shape.n_layers):
-        tensors |= _layer(source, layer, quant, adapter, merge=merge)
+        tensors |= _layer(source, layer, schemes, adapter, rounding, merge=merge)
         report(layer + 1, shape.n_layers + 1, f"{quant}: layer {layer + 1} of {shape.n_layers}")
     for passed, norm in zip(exits, exit_norms if exit_norms is not None else (), strict=True):
         tensors[f"layers.{passed - 1}.exit_norm"] = norm
     tensors["final_norm"] = _vector(source, "output_norm.weight", shape.width)
-    tensors |= _tables(source, quant)
+    tensors |= _tables(source, schemes[TABLE])
     report(shape.n_layers + 1, shape.n_layers + 1, f"{quant}: head")
     split = adapter is not None and adapter.has_updates and not merge
     return PackedModel(shape, tuple(exits), source.has_lm_head, split, tensors, accuracy_level)
 
 
-def _layer(source: TensorSource, layer: int, quant: str, adapter: Adapter | None, *, merge: bool) -> dict[str, Array]:
-    tensors: dict[str, Array] = {}
+def _rounding(source: TensorSource, schemes: Mapping[str, Scheme]) -> Rounding | None:
+    if not any(schemes[site].calibrated for site in SITES):
+        return None
+    table = source.tensor("token_embd.weight")
+    return Rounding(source.shape, [table[ids] for ids in calibration_ids(source)], schemes)
+
+
+def _layer(
+    source: TensorSource,
+    layer: int,
+    schemes: Mapping[str, Scheme],
+    adapter: Adapter | None,
+    rounding: Rounding | None,
+    *,
+    merge: bool,
+) -> dict[str, Array]:
     updates = adapter.updates(layer) if adapter else {}
-    widths = site_widths(source.shape)
-    for site in SITES:
-        update = updates.get(site)
-        extra = update.b @ update.a if update and merge else None
-        names = [f"blk.{layer}.{part}.weight" for part in PARTS[site]]
-        found = operands(source, names, quant, extra)
-        n_in, n_out = widths[site]
-        if outputs_and_blocks(found) != (n_out, -(-n_in // 32)):
-            raise SourceError(f"the tensors {', '.join(names)} do not have the shape that the model's numbers ask for")
-        tensors |= {f"layers.{layer}.{site}.{key}": value for key, value in found.items()}
-        if update and not merge:
-            tensors |= {f"adapter.{layer}.{site}.a": update.a, f"adapter.{layer}.{site}.b": update.b}
-    for name, origin in NORMS.items():
-        tensors[f"layers.{layer}.{name}"] = _vector(source, f"blk.{layer}.{origin}.weight", source.shape.width)
+    merged = {site: update.b @ update.a for site, update in updates.items()} if merge else {}
+    names = {site: [f"blk.{layer}.{part}.weight" for part in PARTS[site]] for site in SITES}
+    norms = {n: _vector(source, f"blk.{layer}.{origin}.weight", source.shape.width) for n, origin in NORMS.items()}
+    if rounding:
+        weights = {site: stacked(source, names[site], merged.get(site)) for site in SITES}
+        for site, (n_in, n_out) in site_widths(source.shape).items():
+            _check(weights[site].shape == (n_out, n_in), names[site])
+        found = rounding.layer(weights, norms)
+    else:
+        found = {site: operands(source, names[site], schemes[site], merged.get(site)) for site in SITES}
+    tensors: dict[str, Array] = {f"layers.{layer}.{name}": norm for name, norm in norms.items()}
+    for site, (n_in, n_out) in site_widths(source.shape).items():
+        _check(fits(found[site], n_out, n_in, schemes[site]), names[site])
+        tensors |= {f"layers.{layer}.{site}.{key}": value for key, value in found[site].items()}
+    for site, update in updates.items() if not merge else ():
+        tensors |= {f"adapter.{layer}.{site}.a": update.a, f"adapter.{layer}.{site}.b": update.b}
     return tensors
+
+
+def _check(fitting: bool, names: Sequence[str]) -> None:
+    if not fitting:
+        raise SourceError(f"the tensors {', '.join(names)} do not have the shape that the model's numbers ask for")
 
 
 def site_widths(shape: LlamaShape) -> dict[str, tuple[int, int]]:
@@ -132,18 +156,16 @@ def site_widths(shape: LlamaShape) -> dict[str, tuple[int, int]]:
     }
 
 
-def _tables(source: TensorSource, quant: str) -> dict[str, Array]:
-    """Head and embeddings, at least in 8 bits: four cost a small model too much. Tied ones are stored once."""
-    quant = "int8" if quant == "int4" else quant
+def _tables(source: TensorSource, scheme: Scheme) -> dict[str, Array]:
+    """Head and embeddings; tied ones are stored once."""
     untied = source.has("output.weight")
     tables = {"head": "output.weight" if untied else "token_embd.weight"} if source.has_lm_head else {}
     if untied or not source.has_lm_head:
         tables["embeddings"] = "token_embd.weight"
     packed: dict[str, Array] = {}
     for group, name in tables.items():
-        found = operands(source, [name], quant)
-        if outputs_and_blocks(found) != (source.shape.vocab_size, -(-source.shape.width // 32)):
-            raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
+        found = operands(source, [name], scheme)
+        _check(fits(found, source.shape.vocab_size, source.shape.width, scheme), [name])
         packed |= {f"{group}.{key}": value for key, value in found.items()}
     return packed
 
