@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.build.gguf_source import GgufSource
-from models.build.quantise import dequantise, grid_operands, operands, pack_nibbles, symmetric, unpack_nibbles
+from models.build.quantise import SCHEMES, dequantise, grid_operands, operands, pack_nibbles, symmetric, unpack_nibbles
 from tests.tiny_models import write_gguf
 
 
@@ -31,7 +31,7 @@ def test_a_grid_is_kept_exactly(kind: Kind) -> None:
 def test_fused_parts_of_unlike_grids_stay_exact(tmp_path: Path) -> None:
     source = GgufSource(write_gguf(tmp_path / "a.gguf", Kind.Q4_1))
     names = [f"blk.0.attn_{part}.weight" for part in "qkv"]
-    found = operands(source, names, "int4")
+    found = operands(source, names, SCHEMES["int4"]["qkv"])
     assert set(found) == {"q", "scale", "shift"}
     assert np.allclose(dequantise(found, 64), np.concatenate([source.tensor(n) for n in names]), atol=1e-6)
 
@@ -40,7 +40,7 @@ def test_added_weights_leave_the_grid(tmp_path: Path) -> None:
     source = GgufSource(write_gguf(tmp_path / "a.gguf"))
     name = "blk.0.attn_output.weight"
     extra = gaussian(64, 64)
-    found = operands(source, [name], "int8", extra)
+    found = operands(source, [name], SCHEMES["int8"]["out"], extra)
     assert set(found) == {"q", "scale"}
     assert np.allclose(dequantise(found, 64), source.tensor(name) + extra, atol=0.03)
 

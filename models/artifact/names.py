@@ -4,8 +4,8 @@ A tensor's name says its file: `layers.3.qkv.q` lies in `layer-003.safetensors`,
 `adapter-003.safetensors`, `head.scale` in `head.safetensors`, `embeddings.q` in `embeddings.safetensors`
 (absent where the table is tied: then the head's is read).
 
-Suffixes of a projection: `.w` fp32 (N, K); or `.q` uint8 blocks (N, K/32, 16 or 32) with `.scale` fp32 (N, K/32) and,
-where a block has an offset, `.shift` fp32 (K/32, N).
+Suffixes of a projection: `.w` fp32 (N, K); or `.q` uint8 blocks (N, ⌈K/B⌉, B * bits/8) with `.scale` fp32 (N, ⌈K/B⌉)
+and, where a block has an offset, `.shift` fp32 (K/B, N). Bits are 4 or 8; B weights share a scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 BLOCK = 32
-"""Weights that share one scale."""
+"""Weights that share one scale in a file's own grid."""
+
+NIBBLE, BYTE = 4, 8
+"""Bits of a code."""
 
 SITES = ("qkv", "out", "gate_up", "down")
 """The fused projections of a layer."""
@@ -61,6 +64,16 @@ def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:
         return int(of_a_layer[1]) in layers
     ends = {EMBEDDINGS: first, HEAD: last or (first and tied), LABELS: first or last}
     return ends.get(file, True)
+
+
+def bits_and_block(n_in: int, dims: Sequence[int]) -> tuple[int, int]:
+    """Bits of a code and codes of a block in a `.q` of `dims` (N, G, bytes) that stands for `n_in` inputs.
+
+    A block is never twice as wide as the inputs, so that the number of blocks tells a byte from two nibbles.
+    """
+    _, n_blocks, n_bytes = dims
+    bytes_each = n_bytes >= BLOCK and -(-n_in // n_bytes) == n_blocks
+    return (BYTE, n_bytes) if bytes_each else (NIBBLE, 2 * n_bytes)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from models.artifact.names import BLOCK, file_of
+from models.artifact.names import BLOCK, BYTE, NIBBLE, file_of
 from models.build.graph import CONTRIB, FAST_ACTIVATIONS
-from models.build.quantise import BITS, BYTE, Array, symmetric
+from models.build.quantise import Array, symmetric
 from models.errors import SourceError
 
 _LAYER = re.compile(r"(?:^|[./])(?:layers|h)[./](\d+)[./]")
@@ -42,6 +42,10 @@ class Dissected:
         return bytes(model.SerializeToString())
 
 
+BITS: Mapping[str, int | None] = {"int4": NIBBLE, "int8": BYTE, "fp32": None}
+"""Quantisations of exported graphs; head and embeddings have 8 bits at least."""
+
+
 def dissect(model: ModelProto, quant: str, vocab_size: int) -> Dissected:
     """Take the model apart; raises `SourceError` if it has no vocabulary head to be found."""
     return _Dissection(model, quant, vocab_size).done()
@@ -51,7 +55,7 @@ class _Dissection:
     """One pass over the nodes; `self.tensors` collects what is no longer in the graph."""
 
     def __init__(self, model: ModelProto, quant: str, vocab_size: int) -> None:
-        self.model, self.bits, self.vocab_size = ModelProto(), BITS.get(quant), vocab_size
+        self.model, self.bits, self.vocab_size = ModelProto(), BITS[quant], vocab_size
         self.model.CopyFrom(model)
         graph = self.model.graph
         self.constants = {i.name: i for i in graph.initializer}

@@ -14,11 +14,10 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from models.artifact.names import BLOCK, Span, file_of
+from models.artifact.names import BLOCK, BYTE, Span, bits_and_block, file_of
 from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
-BYTE = 8
 CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
@@ -255,11 +254,11 @@ class _Builder:
         return self.node("FusedMatMul", [x, self.weight(weight)], [y], CONTRIB, transB=1)
 
     def _block_product(self, site: str, x: str, n_in: int) -> str:
-        n_out, _, blob = self._tensors[f"{site}.q"]
+        bits, block = bits_and_block(n_in, self._tensors[f"{site}.q"])
         inputs = [x, self.weight(f"{site}.q"), self.weight(f"{site}.scale")]
         return self.node(
             "MatMulNBits", inputs, [f"{site}.y"], CONTRIB,
-            K=n_in, N=n_out, bits=blob * 8 // BLOCK, block_size=BLOCK, accuracy_level=self._accuracy_level,
+            K=n_in, N=self._tensors[f"{site}.q"][0], bits=bits, block_size=block, accuracy_level=self._accuracy_level,
         )  # fmt: skip
 
     def _block_sums(self, x: str, n_in: int) -> str:

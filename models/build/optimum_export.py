@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from models.artifact.manifest import EXPORTED, QUANTISATIONS, Manifest
+from models.artifact.manifest import EXPORTED, Manifest
 from models.artifact.names import PLAIN, TOKENIZER, graph_file
 from models.artifact.shape import SILU, LlamaShape
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build import reference
 from models.build.assemble import OPTIMUM, BuildKey, up_to_date
-from models.build.dissect import Dissected, dissect
+from models.build.dissect import BITS, Dissected, dissect
 from models.build.hub_source import HubFolder
 from models.build.losses import Losses, Tally, check, describe, probe
 from models.build.measure import CHECKED_TEXTS, CHECKED_TOKENS
@@ -44,8 +44,8 @@ def build_exported(
 
     Raises `SourceError` or `ArtifactError`; whatever happens, `out` holds the old artifact or the new one.
     """
-    if quant not in QUANTISATIONS:
-        raise SourceError(f"quantisation '{quant}' is unknown; use one of {', '.join(QUANTISATIONS)}")
+    if quant not in BITS:
+        raise SourceError(f"an exported graph is stored as one of {', '.join(BITS)}, not as '{quant}'")
     if not reference.can_load() or not importlib.util.find_spec("optimum"):
         raise SourceError("--via optimum needs torch, transformers and optimum: pip install -e '.[optimum]'")
     key = BuildKey(folder.digest(), None, quant, merged=False, via=OPTIMUM)

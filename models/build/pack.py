@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
+from models.build.gptq import Rounding, calibration_ids
 from models.build.graph import FAST_ACTIVATIONS, Dims, decoder_graph
 from models.build.progress import Report
-from models.build.quantise import Array, expert_operands, operands, outputs_and_blocks
+from models.build.quantise import SCHEMES, TABLE, Array, Scheme, expert_operands, fits, operands, stacked
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
@@ -39,7 +41,10 @@ UNSUPPORTED = ("blk.0.attn_sinks.weight", "blk.0.ffn_gate_inp_shexp.weight", "pe
 
 @dataclass(frozen=True)
 class Packing:
-    """How a source becomes tensors named as in `models.artifact.names`; the adapter is merged or stays beside."""
+    """How a source becomes tensors named as in `models.artifact.names`; the adapter is merged or stays beside.
+
+    Where rounding is calibrated, layers must be taken in order, each once: each sees what those before it give.
+    """
 
     source: TensorSource
     quant: str
@@ -63,8 +68,23 @@ class Packing:
         """The graph variants: without a vocabulary head nobody needs the plain one beside the adapted."""
         return variants(self.split, self.source.has_lm_head)
 
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """How each fused projection and the tables are stored."""
+        return SCHEMES[self.quant]
+
+    @cached_property
+    def rounding(self) -> Rounding | None:
+        """What rounds the projections on texts of ours, where the quantisation asks for it."""
+        if not any(self.schemes[site].calibrated for site in SITES):
+            return None
+        table = self.source.tensor("token_embd.weight")
+        return Rounding(self.shape, [table[ids] for ids in calibration_ids(self.source)], self.schemes)
+
     def check(self) -> None:
         """Raise `SourceError` if the source has tensors that the graph does not know."""
+        if any(scheme.calibrated for scheme in self.schemes.values()) and not self._plain_llama:
+            raise SourceError(f"--quant {self.quant} follows plain Llama models only; use int4")
         if self.shape.n_experts and self.adapter:
             raise SourceError("an adapter does not fit a mixture of experts")
         if self.shape.n_experts and self.quant != "fp32" and (self.shape.width % 32 or self.shape.mlp_width % 32):
@@ -78,12 +98,13 @@ class Packing:
         """Tensors of layer `n`; raises `SourceError` if one is absent or misshapen."""
         tensors: dict[str, Array] = {}
         updates = self.adapter.updates(n) if self.adapter else {}
-        for site in SITES if not self.shape.n_experts else SITES[:2]:
-            update = updates.get(site)
-            tensors |= self._site(n, site, update.b @ update.a if update and self.merge else None)
-            if update and not self.merge:
-                tensors |= {f"adapter.{n}.{site}.a": update.a, f"adapter.{n}.{site}.b": update.b}
+        merged = {site: update.b @ update.a for site, update in updates.items()} if self.merge else {}
         tensors |= self._norms(n)
+        rounded = self._rounded(n, merged, tensors)
+        for site in SITES if not self.shape.n_experts else SITES[:2]:
+            tensors |= self._site(n, site, merged.get(site), rounded.get(site))
+        for site, update in updates.items() if not self.merge else ():
+            tensors |= {f"adapter.{n}.{site}.a": update.a, f"adapter.{n}.{site}.b": update.b}
         if self.shape.n_experts:
             tensors |= self._mixture(n)
         if self.exit_norms is not None and n + 1 in self.exits:
@@ -105,15 +126,34 @@ class Packing:
     def _untied(self) -> bool:
         return self.source.has("output.weight")
 
-    def _site(self, n: int, site: str, extra: Floats | None) -> dict[str, Array]:
-        names = [f"blk.{n}.{part}" for part in PARTS[site]]
-        weights = [f"{name}.weight" for name in names]
+    @property
+    def _plain_llama(self) -> bool:
+        s = self.shape
+        alike = LlamaShape(
+            s.n_layers, s.width, s.n_heads, s.n_kv_heads, s.head_dim, s.mlp_width, s.vocab_size, s.context,
+            s.rope_theta, s.norm_eps, rope_divisors=s.rope_divisors, rope_magnitude=s.rope_magnitude,
+        )  # fmt: skip
+        strange = [f"blk.0.{name}.weight" for name in MORE_NORMS.values()]
+        strange += [f"blk.0.{part}.bias" for parts in PARTS.values() for part in parts]
+        return s == alike and not any(map(self.source.has, strange))
+
+    def _rounded(self, n: int, merged: Mapping[str, Floats], norms: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+        """Operands of the layer's projections where rounding is calibrated, else nothing."""
+        if self.rounding is None:
+            return {}
+        weights = {site: stacked(self.source, self._names(n, site), merged.get(site)) for site in SITES}
+        for site, (n_in, n_out) in site_widths(self.shape).items():
+            _check(weights[site].shape == (n_out, n_in), self._names(n, site))
+        return self.rounding.layer(weights, {name: norms[f"layers.{n}.{name}"] for name in NORMS})
+
+    def _names(self, n: int, site: str) -> list[str]:
+        return [f"blk.{n}.{part}.weight" for part in PARTS[site]]
+
+    def _site(self, n: int, site: str, extra: Floats | None, rounded: dict[str, Array] | None) -> dict[str, Array]:
+        names, weights = [f"blk.{n}.{part}" for part in PARTS[site]], self._names(n, site)
         n_in, n_out = site_widths(self.shape)[site]
-        found = operands(self.source, weights, self.quant, extra)
-        if outputs_and_blocks(found) != (n_out, -(-n_in // 32)):
-            raise SourceError(
-                f"the tensors {', '.join(weights)} do not have the shape that the model's numbers ask for"
-            )
+        found = rounded or operands(self.source, weights, self.schemes[site], extra)
+        _check(fits(found, n_out, n_in, self.schemes[site]), weights)
         if any(self.source.has(f"{name}.bias") for name in names):
             found["bias"] = np.concatenate([self.source.tensor(f"{name}.bias") for name in names])
             if found["bias"].shape != (n_out,):
@@ -133,8 +173,8 @@ class Packing:
             both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[-1])
             if both.shape != (2 * s.mlp_width, s.width) or last.shape != (s.width, s.mlp_width):
                 raise SourceError(f"expert {expert} of layer {n} does not have the shape that the numbers ask for")
-            gate_up.append(expert_operands(both, self.quant))
-            down.append(expert_operands(last, self.quant))
+            gate_up.append(expert_operands(both, self.schemes["gate_up"]))
+            down.append(expert_operands(last, self.schemes["gate_up"]))
         for name, parts in (("experts_gate_up", gate_up), ("experts_down", down)):
             found |= {f"{name}.{key}": np.stack([part[key] for part in parts]) for key in parts[0]}
         return {f"layers.{n}.{key}": value for key, value in found.items()}
@@ -150,9 +190,8 @@ class Packing:
 
     def _table(self, group: str, name: str) -> dict[str, Array]:
         """Head or embeddings, at least in 8 bits: four cost a small model too much."""
-        found = operands(self.source, [name], "int8" if self.quant == "int4" else self.quant)
-        if outputs_and_blocks(found) != (self.shape.vocab_size, -(-self.shape.width // 32)):
-            raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
+        found = operands(self.source, [name], self.schemes[TABLE])
+        _check(fits(found, self.shape.vocab_size, self.shape.width, self.schemes[TABLE]), [name])
         return {f"{group}.{key}": value for key, value in found.items()}
 
     def _vector(self, name: str, width: int) -> Floats:
@@ -160,6 +199,11 @@ class Packing:
         if values.shape != (width,):
             raise SourceError(f"the tensor {name} does not have the shape that the model's numbers ask for")
         return values
+
+
+def _check(fitting: bool, names: Sequence[str]) -> None:
+    if not fitting:
+        raise SourceError(f"the tensors {', '.join(names)} do not have the shape that the model's numbers ask for")
 
 
 def site_widths(shape: LlamaShape) -> dict[str, tuple[int, int]]:

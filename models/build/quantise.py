@@ -8,20 +8,52 @@ tensors get the best symmetric scale of a few, block by block. Shapes: N outputs
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.names import BLOCK
+from models.artifact.names import BLOCK, BYTE, NIBBLE, SITES, bits_and_block
 from models.build.source import GridSource, TensorSource
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-NIBBLE, BYTE = 4, 8
-BITS: Mapping[str, int] = {"int4": NIBBLE, "int8": BYTE}
+FLOAT = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one matrix is stored: `bits` a code and `block` inputs a scale, or fp32 (32 bits).
+
+    Either the file's own grid is kept where it has one (`keeps_grid`), or codes are symmetric, fitted to a text's
+    inputs if `calibrated`, else to the weights alone.
+    """
+
+    bits: int
+    block: int = BLOCK
+    keeps_grid: bool = False
+    calibrated: bool = False
+
+
+TABLE = "table"
+"""Stands for the head and the embeddings beside the fused projections."""
+_FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, keeps_grid=True)
+_WIDE, _CALIBRATED = Scheme(BYTE, 128), Scheme(NIBBLE, 64, calibrated=True)
+SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
+    "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
+    "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
+    "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
+    "int4-mixed": {"qkv": _WIDE, "out": _FOUR, "gate_up": _FOUR, "down": _WIDE, TABLE: _WIDE},
+    "int4-gptq": {**dict.fromkeys(SITES, _CALIBRATED), TABLE: _WIDE},
+}
+"""Quantisations by name. Head and embeddings have 8 bits at least: four cost a small model too much.
+
+`int4` keeps a 4-bit file's grid to the last bit. `int4-mixed` stores in 8 bits, with wide blocks, what is faster so
+than in four with offsets. `int4-gptq` gives up the grid for speed.
+"""
 GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 """Block formats that are kept as they are, and their bits."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -31,21 +63,22 @@ WEIGHTS_AT_ONCE = 2**19
 """How many weights `symmetric` looks at together."""
 
 
-def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floats | None = None) -> dict[str, Array]:
+def operands(
+    source: TensorSource, names: Sequence[str], scheme: Scheme, extra: Floats | None = None
+) -> dict[str, Array]:
     """Return the operands of the named matrices, stacked: `w`, or `q`, `scale` and perhaps `shift`.
 
-    `quant` is 'fp32', 'int8' or 'int4'; `extra` (N, K) is added to the weights, which then leave the file's grid.
+    `extra` (N, K) is added to the weights, which then leave the file's grid.
     """
-    bits = BITS.get(quant)
-    if bits is not None and extra is None and isinstance(source, GridSource) and _on_grid(source, names, bits):
+    if scheme.keeps_grid and extra is None and isinstance(source, GridSource) and _on_grid(source, names, scheme):
         parts = [grid_operands(source.blocks(n), source.quantisation(n), source.row_order(n)) for n in names]
     else:
         parts = []
         for rows in _matrices(source, names, extra):
-            parts.append({"w": rows} if bits is None else symmetric(rows, bits))
+            parts.append({"w": rows} if scheme.bits == FLOAT else symmetric(rows, scheme.bits, scheme.block))
     if len(parts) == 1:
         return parts[0]
-    if bits is None:
+    if "w" in parts[0]:
         return {"w": np.concatenate([part["w"] for part in parts])}
     joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
     if any("shift" in part for part in parts):
@@ -54,13 +87,18 @@ def operands(source: TensorSource, names: Sequence[str], quant: str, extra: Floa
     return joined
 
 
-def expert_operands(weights: Floats, quant: str) -> dict[str, Array]:
+def expert_operands(weights: Floats, scheme: Scheme) -> dict[str, Array]:
     """Operands of one expert's matrix (N, K) as the mixture's operator reads them: codes (N, K or K/2), no blocks."""
-    bits = BITS.get(quant)
-    if bits is None:
+    if scheme.bits == FLOAT:
         return {"w": weights}
-    found = symmetric(weights, bits)
+    found = symmetric(weights, scheme.bits)
     return {"q": found["q"].reshape(len(weights), -1), "scale": found["scale"]}
+
+
+def stacked(source: TensorSource, names: Sequence[str], extra: Floats | None = None) -> Floats:
+    """The named matrices in fp32, one below the other, with `extra` added."""
+    weights = np.concatenate([source.tensor(name) for name in names])
+    return weights if extra is None else weights + extra
 
 
 def _matrices(source: TensorSource, names: Sequence[str], extra: Floats | None) -> Iterator[Floats]:
@@ -72,10 +110,10 @@ def _matrices(source: TensorSource, names: Sequence[str], extra: Floats | None) 
         row += len(values)
 
 
-def _on_grid(source: GridSource, names: Sequence[str], bits: int) -> bool:
+def _on_grid(source: GridSource, names: Sequence[str], scheme: Scheme) -> bool:
     """Whether all matrices lie on grids of one width that is at most as wide as asked for, or exact anyway."""
     widths = {GRIDS.get(source.quantisation(name), 0) for name in names}
-    return widths in ({bits}, {BYTE})
+    return widths in ({scheme.bits}, {BYTE})
 
 
 def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None = None) -> dict[str, Array]:
@@ -97,7 +135,7 @@ def _half(two_bytes: Bytes) -> Floats:
 
 
 def pack_nibbles(codes: Bytes) -> Bytes:
-    """Pack codes 0…15 (…, 32) in pairs, the earlier one low, (…, 16)."""
+    """Pack codes 0…15 (…, B) in pairs, the earlier one low, (…, B/2)."""
     return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
@@ -106,25 +144,33 @@ def unpack_nibbles(packed: Bytes) -> Bytes:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def symmetric(weights: Floats, bits: int) -> dict[str, Array]:
-    """Quantise (N, K) to `bits` per block of 32, choosing each block's scale by its squared error; K is padded.
+def pack_codes(codes: Bytes, bits: int, block: int) -> Bytes:
+    """Pack codes (N, K) in blocks, (N, G, block * bits/8); the last block is filled up with codes that stand for 0."""
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)), constant_values=2 ** (bits - 1))
+    blocks = padded.reshape(len(codes), -1, block)
+    return blocks if bits == BYTE else pack_nibbles(blocks)
+
+
+def symmetric(weights: Floats, bits: int, block: int = BLOCK) -> dict[str, Array]:
+    """Quantise (N, K) to `bits` per `block` inputs, choosing each block's scale by its squared error; K is padded.
 
     Works through a few rows at a time, so that it needs little more memory than its result.
     """
     n_rows, n_in = weights.shape
-    n_blocks = -(-n_in // BLOCK)
-    q = np.empty((n_rows, n_blocks, BLOCK * bits // BYTE), np.uint8)
+    block = block_for(n_in, block)
+    n_blocks = -(-n_in // block)
+    q = np.empty((n_rows, n_blocks, block * bits // BYTE), np.uint8)
     scale = np.empty((n_rows, n_blocks), np.float32)
     step = max(1, WEIGHTS_AT_ONCE // n_in)
     for at in range(0, n_rows, step):
         rows = slice(at, at + step)
-        q[rows], scale[rows] = _symmetric(weights[rows], bits)
+        q[rows], scale[rows] = _symmetric(weights[rows], bits, block)
     return {"q": q, "scale": scale}
 
 
-def _symmetric(weights: Floats, bits: int) -> tuple[Bytes, Floats]:
+def _symmetric(weights: Floats, bits: int, block: int) -> tuple[Bytes, Floats]:
     n_rows, n_in = weights.shape
-    padded = np.pad(weights, ((0, 0), (0, -n_in % BLOCK))).reshape(n_rows, -1, BLOCK)
+    padded = np.pad(weights, ((0, 0), (0, -n_in % block))).reshape(n_rows, -1, block)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     peak = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
     best_scale = peak / low
@@ -134,8 +180,8 @@ def _symmetric(weights: Floats, bits: int) -> tuple[Bytes, Floats]:
         better = error < best_error
         best_scale = np.where(better, share * peak / low, best_scale)
         best_codes, best_error = np.where(better, codes, best_codes), np.minimum(error, best_error)
-    q = (best_codes - low).astype(np.uint8)
-    return q if bits == BYTE else pack_nibbles(q), best_scale[..., 0]
+    codes = (best_codes - low).astype(np.uint8).reshape(n_rows, -1)
+    return pack_codes(codes, bits, block), best_scale[..., 0]
 
 
 def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, Floats]:
@@ -147,16 +193,23 @@ def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:
     """Return the fp32 matrix (N, K) that the operands stand for."""
     if "w" in parts:
         return np.asarray(parts["w"], np.float32)
-    eight = parts["q"].shape[-1] == BLOCK
-    codes = parts["q"].astype(np.int16) - 128 if eight else unpack_nibbles(parts["q"]).astype(np.int16) - 8
+    bits, _ = bits_and_block(n_in, parts["q"].shape)
+    codes = parts["q"].astype(np.int16) - 128 if bits == BYTE else unpack_nibbles(parts["q"]).astype(np.int16) - 8
     weights = codes * parts["scale"][..., None]
     if "shift" in parts:
         weights = weights + parts["shift"].T[..., None]
     return np.asarray(weights.reshape(len(weights), -1)[:, :n_in], np.float32)
 
 
-def outputs_and_blocks(parts: Mapping[str, Array]) -> tuple[int, int]:
-    """Outputs and blocks of inputs, (N, G), that the operands stand for."""
+def block_for(n_in: int, block: int) -> int:
+    """The block, halved until it is less than twice as wide as the inputs: see `bits_and_block`."""
+    while block >= 2 * n_in and block > BLOCK:
+        block //= 2
+    return block
+
+
+def fits(parts: Mapping[str, Array], n_out: int, n_in: int, scheme: Scheme) -> bool:
+    """Whether operands made by the scheme stand for a matrix (N, K)."""
     if "w" in parts:
-        return parts["w"].shape[0], -(-parts["w"].shape[1] // BLOCK)
-    return parts["q"].shape[0], parts["q"].shape[1]
+        return bool(parts["w"].shape == (n_out, n_in))
+    return bool(parts["q"].shape[:2] == (n_out, -(-n_in // block_for(n_in, scheme.block))))

@@ -20,7 +20,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from models.artifact.names import BLOCK, FRAMES, HEAD, PLAIN, Span, adapter_file, graph_file, layer_file, spans
+from models.artifact.names import (
+    BYTE,
+    FRAMES,
+    HEAD,
+    PLAIN,
+    Span,
+    adapter_file,
+    bits_and_block,
+    graph_file,
+    layer_file,
+    spans,
+)
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import AbandonedError, ArtifactError, PromptTooLongError
@@ -127,7 +138,7 @@ class Embeddings:
         if "w" in self._table:
             return np.asarray(self._table["w"][index], np.float32)
         codes, scale = self._table["q"][index], self._table["scale"][index]
-        if codes.shape[-1] < BLOCK:
+        if bits_and_block(self._width, codes.shape)[0] != BYTE:
             raise ArtifactError("the embedding table is stored in 4 bits; this version reads 8 bits or fp32")
         values = (codes.astype(np.float32) - 128) * scale[..., None]
         return np.asarray(values.reshape(len(index), -1)[:, : self._width], np.float32)
