@@ -76,8 +76,10 @@ def engine(rows: Sequence[figures.Row], title: str, path: Path) -> list[Path]:
                 r.name, (r.kl, r.decode_short or 0.0), xytext=(5, 4), textcoords="offset points", fontsize=8
             )
     spread.set_xscale("symlog", linthresh=1e-3)
-    spread.set(xlabel="mean KL to the dequantised weights, nats", ylabel="decoded tokens a second", ylim=(0, None))
-    bars.legend()
+    spread.set(xlabel="mean KL to the dequantised weights, nats", ylabel="decoded tokens a second")
+    spread.set_ylim(0, 1.1 * max((r.decode_short or 0.0 for r in timed), default=1.0))
+    bars.legend(loc="lower right")
+    spread.margins(0.15)
     for axes in (bars, spread):
         axes.grid(alpha=0.3)
     written = [path.with_suffix(".png"), path.with_suffix(".svg")]

@@ -103,6 +103,12 @@ def test_a_file_that_is_q4_0_itself_stands_for_both_classes() -> None:
     assert line["decode_ratio_same_file"] == line["decode_ratio_llama_cpp"] == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize(("kl", "counts"), [(0.3009, True), (0.302, False)])
+def test_only_a_rounding_more_is_still_q4_0_s_quality(kl: float, counts: bool) -> None:
+    found = rows(measured("ours", "Q4_0", 150, kl), measured("llama.cpp", "Q4_0", 100, 0.3))
+    assert (figures.headlines(found)["decode_ratio_llama_cpp"] is not None) is counts
+
+
 @pytest.mark.parametrize("found", [[], rows(Measured("genai", "", "", "not installed"))])
 def test_without_rows_every_figure_is_null(found: list[Row]) -> None:
     line = figures.headlines(found)
