@@ -19,14 +19,17 @@ SEQUENCES = 8
 ABOUT = {
     "int4": "the file's own grid, its 8-bit head",
     "Q4_0": "the Q4_0 file's grid, 8-bit head",
+    "int4-mixed": "8 bits where faster, else the file's grid",
+    "int4-gptq": "4 bits calibrated on texts",
     "int8": "8 bits in blocks of 32",
     "fp32": "the file's weights dequantised",
 }
 
 
 def entrants(model: Model) -> list[Entrant]:
-    """The file's grid, Q4_0's and int8."""
-    settings = ("int4", "int8") if model.same else ("int4", "Q4_0", "int8")
+    """The file's grid, Q4_0's, and our other quantisations."""
+    others = ("int4-mixed", "int4-gptq", "int8")
+    settings = ("int4", *others) if model.same else ("int4", "Q4_0", *others)
     return [_entrant(model, setting) for setting in settings]
 
 
