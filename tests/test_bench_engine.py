@@ -226,7 +226,7 @@ def test_a_whole_run_on_a_toy_model(toy: peers.Model, monkeypatch: pytest.Monkey
     plan = engine.Plan(threads=1).quick()
     run = engine.measure(toy, ["ours", "genai"], plan, quiet)
     by_name = {r.name: r for r in run.rows}
-    assert list(by_name) == ["ours int4", "ours int8", "genai"]
+    assert list(by_name) == ["ours int4", "ours int4-mixed", "ours int4-gptq", "ours int8", "genai"]
     assert "no_such_module" in by_name["genai"].skipped
     for name in ("ours int4", "ours int8"):
         r = by_name[name]
@@ -255,13 +255,13 @@ def test_who_fails_is_out_with_the_reason(toy: peers.Model, monkeypatch: pytest.
     race.enter(["ours"])
     worked: list[str] = []
 
-    def fail_for_int4(entrant: peers.Entrant) -> None:
-        if entrant.setting == "int4":
+    def fail_for_all_but_int8(entrant: peers.Entrant) -> None:
+        if entrant.setting != "int8":
             raise ContenderError("it fell over")
         worked.append(entrant.name)
 
-    race._everyone("trying", fail_for_int4)
-    race._everyone("trying", fail_for_int4)
+    race._everyone("trying", fail_for_all_but_int8)
+    race._everyone("trying", fail_for_all_but_int8)
     assert race.found["ours int4"].skipped == "it fell over"
     assert worked == ["ours int8", "ours int8"]
 
