@@ -1,7 +1,6 @@
 """llama.cpp through llama-cpp-python's C interface: what its own command line does, without the wrapper's copies.
 
-Batches of 512 as its own bench has them, the weights mapped, keys and values in fp16 and flash attention as it picks
-them itself.
+Batches of 512 as its own bench has them, the weights mapped, keys and values in fp16, flash attention on.
 """
 
 from __future__ import annotations
