@@ -405,17 +405,17 @@ def distil(
     data: Data,
     adapter: Annotated[Path, typer.Option(help="The edge adapter, which is the teacher.")],
     twin: Annotated[bool, typer.Option("--twin", help="Train on labels alone, for comparison.")] = False,
-    beside: Annotated[Path | None, typer.Option(help="A finished twin's folder: it teaches beside the edge.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A finished run's folder: a second, gentle course on its weights.")
+    ] = None,
 ) -> None:
     """Train the device tier from the edge tier and write its int8 artifact (needs torch).
 
     Examples: edgecascade distil smollm2 var/twin --data ../data --adapter models/tiers/edge --twin
-              edgecascade distil smollm2 var/device --data ../data --adapter models/tiers/edge --beside var/twin
+              edgecascade distil smollm2 var/device --data ../data --adapter models/tiers/edge --from var/twin
     """
-    if twin and beside:
-        _fail("a twin has no teachers; leave out --twin or --beside")
     with _training("distilling") as (recipes, report):
-        recipes.distil_device(source, _home() / "cache", data, adapter, out, report, taught=not twin, twin=beside)
+        recipes.distil_device(source, _home() / "cache", data, adapter, out, report, taught=not twin, start=start)
 
 
 @app.command()

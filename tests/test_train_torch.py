@@ -137,30 +137,19 @@ def test_a_student_learns_from_the_teacher_and_runs_quantised(
     assert accuracy(tmp_path / "device") > 0.8
 
 
-def test_a_finished_twin_teaches_beside_the_edge(source: FolderSource, adapter: Path, tmp_path: Path) -> None:
-    """The same seed, so that only what the twin says can make the student another one."""
+def test_a_second_course_goes_on_from_a_twin(source: FolderSource, adapter: Path, tmp_path: Path) -> None:
     from models.build.distil import distil
     from models.build.training import finished_weights
 
-    short = replace(student_settings().schedule, epochs=1)
-    distil(source, TRAIN, adapter, tmp_path / "twin", student_settings(taught=False, schedule=short), quiet)
-    alone, _ = distil(source, TRAIN, adapter, tmp_path / "alone", student_settings(schedule=short), quiet)
-    both, _ = distil(
-        source, TRAIN, adapter, tmp_path / "both", student_settings(schedule=short), quiet, tmp_path / "twin"
+    short = replace(student_settings().schedule, epochs=1, learning_rate=1e-5)
+    twin, _ = distil(source, TRAIN, adapter, tmp_path / "twin", student_settings(taught=False), quiet)
+    second, _ = distil(
+        source, TRAIN, adapter, tmp_path / "second", student_settings(schedule=short), quiet, tmp_path / "twin"
     )
-    assert not torch.equal(alone.labels, both.labels)
+    assert not torch.equal(twin.labels, second.labels)
+    assert torch.allclose(twin.labels, second.labels, atol=1e-2), "it did not begin where the twin ended"
     with pytest.raises(DataError, match="finish that training first"):
         finished_weights(tmp_path / "nowhere" / "checkpoint.pt")
-
-
-def test_a_committee_says_its_mean_probability() -> None:
-    from models.build.teach import Lesson, committee
-
-    sure, torn = np.log(np.array([0.9, 0.1], np.float16)), np.log(np.array([[0.5, 0.5], [0.2, 0.8]], np.float16))
-    other = np.log(np.array([0.3, 0.7], np.float16))
-    found = committee(Lesson({4: sure}, {4: torn}), Lesson({4: other}, {4: torn}))
-    assert np.exp(found.intents[4]) == pytest.approx([0.6, 0.4], abs=2e-3)
-    assert np.exp(found.tags[4]) == pytest.approx(np.exp(torn), abs=2e-3)
 
 
 def test_a_stopped_run_goes_on_to_the_same_adapter(source: FolderSource, tmp_path: Path) -> None:

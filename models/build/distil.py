@@ -2,8 +2,8 @@
 
 The loss is cross-entropy with the labels plus, where the teacher is right, the Kullback-Leibler divergence from its
 softened distribution (Hinton et al. 2015, arXiv 1503.02531), at the end and at each exit. The undistilled twin sees
-the same utterances for the same steps with the labels only; a finished one may teach beside the edge, since it knows
-other things (Furlanello et al. 2018, arXiv 1805.04770).
+the same utterances for the same steps with the labels only. A gentle course may follow on the weights of either: the
+device that ships learnt from labels alone first, then from the teacher too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from models.build.datasets import Example, foreign, skill_set
 from models.build.progress import Report
 from models.build.source import TensorSource
 from models.build.student import STUDENT_SHAPE, Student, projected_embedding
-from models.build.teach import Lesson, committee, load_teacher, teach
+from models.build.teach import Lesson, load_teacher, teach
 from models.build.tokenizers import cut_vocabulary
 from models.build.training import CHECKPOINT, LabelLoss, Schedule, Trainer, finished_weights
 from models.skills import OUT_OF_SCOPE, SkillSet
@@ -43,6 +43,7 @@ class DistilSettings:
 
     taught: bool = True
     seed: int = 11
+    utterance_seed: int = 11
     vocab_size: int = 4096
     shape: LlamaShape = STUDENT_SHAPE
     exits: tuple[int, ...] = (2, 4)
@@ -60,11 +61,21 @@ class DistilSettings:
     oos_repeat: int = 2
 
 
+GENTLE = DistilSettings(
+    seed=12,
+    schedule=replace(_SCHEDULE, epochs=2, learning_rate=6e-4, warmup_steps=50),
+    temperature=1.0,
+    smoothing=0.05,
+    noise=0.05,
+)
+"""A second course on the same utterances, on weights that a first one made."""
+
+
 def made_up(
     train: Sequence[Example], skills: SkillSet, neighbours: Neighbours, settings: DistilSettings
 ) -> list[Example]:
     """The utterances to learn from: the training set, out-of-scope ones, and `copies` made-up ones of each."""
-    rng = random.Random(settings.seed)
+    rng = random.Random(settings.utterance_seed)
     swapper, strangers = SlotSwapper(train), foreign(train, skills)
     rare = [e for e in train if e.skill == "assistant" and e.intent == OUT_OF_SCOPE]
     pool = [*train, *rare * (settings.oos_repeat - 1)]
@@ -195,23 +206,21 @@ def distil(
     out: Path,
     settings: DistilSettings,
     report: Report,
-    twin: Path | None = None,
+    start: Path | None = None,
 ) -> tuple[Student, Classroom]:
     """Train a device model (or its twin) and return it with its classroom; goes on from its checkpoint in `out`.
 
-    `twin` is the folder of a finished twin, which then teaches beside the edge.
+    `start` is the folder of a finished run whose weights it begins with.
     """
     out.mkdir(parents=True, exist_ok=True)
     room = classroom(source, train, settings)
     lesson = lesson_for(room, source, adapter, out / "lesson.pt", report) if settings.taught else None
     encoder = Encoder(room.tokenizer, room.skills, len(room.taken_ids))
     data = Curriculum([encoder.row(e, k) for k, e in enumerate(room.utterances)], settings, len(room.taken_ids))
-    if lesson and twin:
-        peer = beginner(source, room, settings).eval()
-        peer.load_state_dict(finished_weights(twin / CHECKPOINT))
-        own = teach(lambda ids: peer(ids)[-1], peer.labels, room.skills, data.rows, report)
-        lesson = committee(lesson, own)
     model = beginner(source, room, settings).train()
+    if start:
+        model.load_state_dict(finished_weights(start / CHECKPOINT))
+        torch.manual_seed(settings.seed)
     epochs = settings.schedule.epochs
     total = sum(
         sum(1 for _ in batches(data.rows, settings.schedule.token_budget, random.Random(settings.seed * 1000 + e)))
@@ -221,7 +230,7 @@ def distil(
         "source": source.digest(),
         "settings": json.dumps(asdict(settings), sort_keys=True),
         "examples": len(train),
-    } | ({"twin": hashlib.sha256((twin / CHECKPOINT).read_bytes()).hexdigest()} if twin else {})
+    } | ({"start": hashlib.sha256((start / CHECKPOINT).read_bytes()).hexdigest()} if start else {})
     trainer = Trainer(model, settings.schedule, total, out / CHECKPOINT, identity)
     trainer.resume()
     loss = TaughtLoss(room.skills, lesson, settings)

@@ -69,18 +69,18 @@ def distil_device(
     report: Report,
     *,
     taught: bool = True,
-    twin: Path | None = None,
+    start: Path | None = None,
 ) -> Artifact:
     """Train the device tier (or its undistilled twin) in `out`, and write its int8 artifact to `out/tier`.
 
-    `twin` is the folder of a finished twin that teaches beside the edge.
+    With `start`, the folder of a finished run, it is a second, gentle course on those weights.
     """
     from models.build.assemble import build
-    from models.build.distil import DistilSettings, distil
+    from models.build.distil import GENTLE, DistilSettings, distil
     from models.build.export import write_student
 
-    settings = DistilSettings(taught=taught)
-    student, room = distil(_gguf(source, cache, report), _lessons(data), adapter, out, settings, report, twin)
+    settings = replace(GENTLE if start else DistilSettings(), taught=taught)
+    student, room = distil(_gguf(source, cache, report), _lessons(data), adapter, out, settings, report, start)
     folder = write_student(student, room.skills, room.tokenizer, out / "source")
     return build(folder, out / "tier", "int8", None, report)
 

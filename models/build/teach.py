@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,20 +69,6 @@ def teach(
         done += len(batch.keys)
         report(done, len(rows), "teacher")
     return lesson
-
-
-def committee(first: Lesson, second: Lesson) -> Lesson:
-    """What two teachers of the same rows say together: the log of their mean probabilities."""
-
-    def both(ours: Logits, theirs: Logits) -> Logits:
-        return {key: _mean(values, theirs[key]) for key, values in ours.items()}
-
-    return Lesson(both(first.intents, second.intents), both(first.tags, second.tags))
-
-
-def _mean(ours: NDArray[np.float16], theirs: NDArray[np.float16]) -> NDArray[np.float16]:
-    logs = [F.log_softmax(torch.from_numpy(values.astype(np.float32)), -1) for values in (ours, theirs)]
-    return np.asarray((torch.logsumexp(torch.stack(logs), 0) - math.log(2)).numpy(), np.float16)
 
 
 def _collect(lesson: Lesson, hidden: Tensor, labels: Tensor, skills: SkillSet, batch: Batch) -> None:
