@@ -428,22 +428,24 @@ def calibrate(
     oos_share: Annotated[float, typer.Option(min=0, max=0.9, help="Expected share of out-of-scope queries.")] = 0.18,
     grade: Annotated[str, typer.Option(help="exact (the label), or agree-edge (the edge says the same).")] = "exact",
     adapter: Annotated[Path | None, typer.Option(help="The tier's adapter: its card gets the calibration too.")] = None,
+    skill: Annotated[str | None, typer.Option(help="This skill only; the others' calibration stays.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit confidence on held-out data and pick the threshold that keeps the promise.
 
     Examples: edgecascade calibrate models/tiers/device --data ../data --edge var/edge --error 0.05
+              edgecascade calibrate models/tiers/device --data ../data --edge var/edge --skill assistant --error 0.02
               edgecascade calibrate var/edge --data ../data --adapter models/tiers/edge
     """
     with _training("calibrating") as (recipes, report):
         level = recipes.Level(error=error, delta=delta, oos_share=oos_share)
-        entries = recipes.calibrate_tier(tier, data, edge, level, grade, report, adapter)
+        entries = recipes.calibrate_tier(tier, data, edge, level, grade, report, adapter, skill)
     if as_json:
         print(json.dumps(entries))
         return
-    for skill, entry in entries.items():
+    for name, entry in entries.items():
         share = entry["promise"]["share_to_edge"]
-        print(f"{skill}: threshold {entry['threshold']:.3f} sends {100 * share:.1f} % to the edge")
+        print(f"{name}: threshold {entry['threshold']:.3f} sends {100 * share:.1f} % to the edge")
 
 
 # ---- what commands share ----

@@ -86,13 +86,20 @@ def distil_device(
 
 
 def calibrate_tier(
-    tier: Path, data: Path, edge: Path | None, level: Level, grade: str, report: Report, adapter: Path | None = None
+    tier: Path,
+    data: Path,
+    edge: Path | None,
+    level: Level,
+    grade: str,
+    report: Report,
+    adapter: Path | None = None,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Fit the tier's calibration on the validation splits in `data`, write it into its manifest, and return it.
 
     `adapter` is the adapter the tier was built with: its card gets the calibration too, for the next build.
     With `edge` the threshold also keeps the cascade near it. `grade`: 'exact' (right = the label) or 'agree-edge'
-    (right = the edge says the same). Raises `DataError`.
+    (right = the edge says the same). `only` names the one skill to calibrate; the others stay. Raises `DataError`.
     """
     if grade not in GRADES:
         raise DataError(f"grade '{grade}' is unknown; use one of {', '.join(GRADES)}")
@@ -101,8 +108,11 @@ def calibrate_tier(
     examples, lessons = [*load(data, "validation"), *outside("validation")], _lessons(data)
     opened = LocalTier.open(tier, tier.name)
     larger = LocalTier.open(edge, "edge") if edge else None
-    entries = {}
-    for skill in opened.card.skills.skills if opened.card.skills else ():
+    entries = dict(opened.card.calibration) if only else {}
+    skills = opened.card.skills.skills if opened.card.skills else ()
+    if only and only not in {skill.name for skill in skills}:
+        raise DataError(f"the tier has no skill '{only}'; it has {', '.join(s.name for s in skills) or 'none'}")
+    for skill in [s for s in skills if only in {None, s.name}]:
         entries[skill.name] = _calibrate_skill(
             opened,
             larger,
