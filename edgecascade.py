@@ -329,11 +329,10 @@ def bench_seal(
 
     Example: edgecascade bench seal var/edge --rounds 21
     """
-    from bench.opening import Pair, compare, print_comparison
-    from models.build.seal import opening_pairs
+    from bench.opening import compare, opening_pairs, print_comparison
 
     with opening_pairs(artifact, threads) as pairs, _bar("opening") as report:
-        figures = compare({name: Pair(*pair) for name, pair in pairs.items()}, rounds, report)
+        figures = compare(pairs, rounds, report)
     print_comparison(figures, as_json=as_json)
 
 

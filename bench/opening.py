@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from models.artifact.keys import KEY_BYTES, LocalKey
+from models.artifact.store import Artifact
+from models.build.seal import seal_artifact
+from models.runtime.local import LocalTier
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,23 @@ class Pair:
 
     plain: Callable[[], object]
     sealed: Callable[[], object]
+
+
+@contextmanager
+def opening_pairs(path: Path, threads: int) -> Iterator[dict[str, Pair]]:
+    """Seal a copy beside the tier, for the while, and yield what to time on both by name."""
+    keys = LocalKey(os.urandom(KEY_BYTES))
+    source = Artifact.open(path)
+    weights = [name for name in source.files if name.endswith(".safetensors")]
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.resolve().parent) as folder:
+        sealed = seal_artifact(source, Path(folder) / "sealed", keys, None, lambda *_: None)
+        yield {
+            "reading all weights": Pair(lambda: source.tensors(*weights), lambda: sealed.tensors(*weights)),
+            "opening the tier": Pair(
+                lambda: LocalTier.open(path, "plain", threads),
+                lambda: LocalTier.open(sealed.path, "sealed", threads, keys=keys),
+            ),
+        }
 
 
 def compare(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from models.artifact.keys import PUBLIC, SEALING, SIGNING, KeyWrapper, LocalKey, key_text, public_key_of, sign_manifest
+from models.artifact.keys import PUBLIC, SEALING, SIGNING, KeyWrapper, key_text, public_key_of, sign_manifest
 from models.artifact.manifest import Manifest, Sealed
 from models.artifact.sealing import KEY_BYTES, NONCE_BYTES, Binding, seal
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.progress import Report
 from models.errors import KeyUnavailableError, SealError
-from models.runtime.local import LocalTier
 
 
 def seal_artifact(source: Artifact, out: Path, keys: KeyWrapper, signing_key: bytes | None, report: Report) -> Artifact:
@@ -68,23 +65,3 @@ def write_keys(folder: Path) -> list[Path]:
     except OSError as error:
         raise KeyUnavailableError(f"{folder} cannot be written ({error.strerror})") from error
     return [folder / name for name in made]
-
-
-Work = Callable[[], object]
-
-
-@contextmanager
-def opening_pairs(path: Path, threads: int) -> Iterator[dict[str, tuple[Work, Work]]]:
-    """Seal a copy beside the tier, for the while, and yield what to time on both: (plain, sealed) by name."""
-    keys = LocalKey(os.urandom(KEY_BYTES))
-    source = Artifact.open(path)
-    weights = [name for name in source.files if name.endswith(".safetensors")]
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.resolve().parent) as folder:
-        sealed = seal_artifact(source, Path(folder) / "sealed", keys, None, lambda *_: None)
-        yield {
-            "reading all weights": (lambda: source.tensors(*weights), lambda: sealed.tensors(*weights)),
-            "opening the tier": (
-                lambda: LocalTier.open(path, "plain", threads),
-                lambda: LocalTier.open(sealed.path, "sealed", threads, keys=keys),
-            ),
-        }

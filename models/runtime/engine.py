@@ -236,21 +236,25 @@ def _prefix_cache(shape: LlamaShape, options: EngineOptions) -> PrefixCache[Floa
     return PrefixCache(options.prefix_cache_bytes, block_bytes) if options.prefix_cache_bytes else None
 
 
-def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
+def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str) -> ort.InferenceSession:
+    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
     # Weights come from memory alone: a graph that names a file of weights is refused.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in part.weights.values()]
+    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
     try:
-        settings.add_external_initializers(list(part.weights), values)
-        return ort.InferenceSession(
-            part.graph, settings, providers=usable(options.providers, ort.get_available_providers())
-        )
+        settings.add_external_initializers(list(weights), values)
+        return ort.InferenceSession(graph, settings, providers=usable(options.providers, ort.get_available_providers()))
     except Exception as error:  # onnxruntime's own errors share no narrower base
-        raise ArtifactError(f"onnxruntime refuses layers {part.span.first} to {part.span.stop - 1}: {error}") from error
+        raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
+
+
+def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
+    what = f"layers {part.span.first} to {part.span.stop - 1}"
+    return open_session(part.graph, part.weights, options, what)
 
 
 def rotary_tables(shape: LlamaShape, positions: int) -> dict[str, Floats]:

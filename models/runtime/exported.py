@@ -6,7 +6,6 @@ The second engine behind `TextEngine`; `models.runtime.engine` is the fast one. 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,8 @@ from numpy.typing import NDArray
 from models.artifact.names import EMBEDDINGS, HEAD, PLAIN, graph_file, layer_file
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
-from models.errors import ArtifactError
-from models.runtime.engine import EngineOptions, Floats, check_room, chunks
-from models.runtime.providers import short_name, usable
+from models.runtime.engine import EngineOptions, Floats, check_room, chunks, open_session
+from models.runtime.providers import short_name
 
 Array = NDArray[Any]
 
@@ -37,7 +35,7 @@ class ExportedDecoder:
 
     def __init__(self, shape: LlamaShape, graph: bytes, weights: Mapping[str, Array], options: EngineOptions) -> None:
         self.context = min(options.context, shape.context)
-        self.session = _session(graph, weights, options)
+        self.session = open_session(graph, weights, options, "the exported graph")
         self._places = threading.BoundedSemaphore(options.sequences)
 
     @classmethod
@@ -117,18 +115,3 @@ def _empty(dims: Sequence[int | str]) -> Array:
     """No keys or values yet: one row, and nothing along the other axis that the graph leaves open."""
     sizes = [dim if isinstance(dim, int) else 0 for dim in dims]
     return np.zeros([1, *sizes[1:]], np.float32)
-
-
-def _session(graph: bytes, weights: Mapping[str, Array], options: EngineOptions) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
-    # Weights come from memory alone: a graph that names a file of weights is refused.
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    try:
-        values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
-        settings.add_external_initializers(list(weights), values)
-        return ort.InferenceSession(graph, settings, providers=usable(options.providers, ort.get_available_providers()))
-    except Exception as error:  # onnxruntime's own errors share no narrower base
-        raise ArtifactError(f"onnxruntime refuses the exported graph: {error}") from error
