@@ -153,6 +153,9 @@ def build(
         str, typer.Option(help="own: our fused graph; optimum: any family it exports (needs torch).")
     ] = "own",
     prune: Annotated[int, typer.Option(min=0, help="Drop so many layers, those that change least.")] = 0,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Store an int8 copy too: long prompts are read faster.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a tier's artifact of a model, check it against the model, say what was lost; what is up to date stays.
@@ -163,7 +166,7 @@ def build(
     """
     from models.build.losses import describe, describe_check
 
-    manifest = _build(source, out, adapter, quant, via, prune).manifest
+    manifest = _build(source, out, adapter, quant, via, prune, prefill=prefill).manifest
     said = f"{out}: {manifest.model_id} {manifest.model_version}; {describe(manifest.losses)}"
     said += f"\n{describe_check(manifest.made.get('checked', {}))}"
     print(manifest.as_json() if as_json else said)
@@ -491,12 +494,14 @@ def _bar(what: str) -> Iterator[Any]:
         yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)
 
 
-def _build(source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0) -> Artifact:
+def _build(
+    source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0, *, prefill: bool = False
+) -> Artifact:
     from models.build.recipes import build_tier
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
     with _bar("building") as report:
-        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report)
+        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, prefill, report)
 
 
 def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:

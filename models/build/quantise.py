@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.names import BLOCK, BYTE, NIBBLE, SITES, bits_and_block
+from models.artifact.names import BLOCK, BYTE, INT8_MAX, NIBBLE, SITES, bits_and_block
 from models.build.source import GridSource, TensorSource
 
 Array = NDArray[Any]
@@ -38,21 +38,21 @@ class Scheme:
     calibrated: bool = False
 
 
-TABLE = "table"
-"""Stands for the head and the embeddings beside the fused projections."""
+TABLE, HEAD = "table", "head"
+"""Stand for the table of embeddings, and for the head where it is not stored like it, beside the projections."""
 _FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, keeps_grid=True)
-_WIDE, _CALIBRATED = Scheme(BYTE, 128), Scheme(NIBBLE, 64, calibrated=True)
+_WIDE, _CALIBRATED = Scheme(BYTE, 128), Scheme(NIBBLE, 128, calibrated=True)
 SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
     "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
     "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
     "int4-mixed": {"qkv": _WIDE, "out": _FOUR, "gate_up": _FOUR, "down": _WIDE, TABLE: _WIDE},
-    "int4-gptq": {**dict.fromkeys(SITES, _CALIBRATED), TABLE: _WIDE},
+    "int4-gptq": {**dict.fromkeys((*SITES, HEAD), _CALIBRATED), TABLE: _EIGHT},
 }
-"""Quantisations by name. Head and embeddings have 8 bits at least: four cost a small model too much.
+"""Quantisations by name. A head has 8 bits unless it is calibrated: four cost a small model too much.
 
 `int4` keeps a 4-bit file's grid to the last bit. `int4-mixed` stores in 8 bits, with wide blocks, what is faster so
-than in four with offsets. `int4-gptq` gives up the grid for speed.
+than in four with offsets. `int4-gptq` gives up the grid for speed, and stores the embeddings apart from the head.
 """
 GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 """Block formats that are kept as they are, and their bits."""
@@ -187,6 +187,13 @@ def _symmetric(weights: Floats, bits: int, block: int) -> tuple[Bytes, Floats]:
 def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, Floats]:
     codes = np.clip(np.rint(blocks / np.where(scale == 0, 1, scale)), low, high)
     return codes, np.square(codes * scale - blocks).sum(-1, keepdims=True)
+
+
+def by_columns(weights: Floats) -> dict[str, Array]:
+    """Round (N, K) to int8 with one scale an output: `i8` (K, N) and `scale` (N,); for products of many rows."""
+    scale = np.abs(weights).max(-1) / INT8_MAX
+    codes = np.rint(weights / np.where(scale == 0, 1, scale)[:, None]).astype(np.int8)
+    return {"i8": np.ascontiguousarray(codes.T), "scale": scale.astype(np.float32)}
 
 
 def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:

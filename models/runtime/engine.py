@@ -13,7 +13,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ from models.artifact.names import (
     bits_and_block,
     graph_file,
     layer_file,
+    of_small_passes,
+    prefill_file,
     spans,
 )
 from models.artifact.shape import LlamaShape
@@ -45,6 +48,16 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 CHUNK = 256
 """Tokens that go through the model at once; a longer prompt goes in pieces, so that memory stays bounded."""
+
+
+LONG = 8
+"""Tokens from which a pass takes the segments for many tokens, where there are such."""
+
+
+class _Pass(Enum):
+    """Kinds of passes, which are bound apart."""
+
+    SINGLE, SHORT, LONG = range(3)
 
 
 @dataclass(frozen=True)
@@ -103,16 +116,20 @@ class Segment:
     weights: Mapping[str, Array]
 
 
-def segments(artifact: Artifact, variant: str) -> Iterator[Segment]:
-    """Read the segments of a graph variant, one at a time."""
+def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
+    """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens."""
     m = artifact.manifest
     for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
         adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
         weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
+        if prefill:
+            weights = {name: value for name, value in weights.items() if not of_small_passes(name)}
+            weights |= artifact.tensors(*map(prefill_file, span.layers))
         if span.stop == m.architecture.n_layers:
             top = artifact.tensors(HEAD)
-            weights |= top if span.head else {span.norm: top[span.norm]}
-        yield Segment(span, artifact.read(graph_file(variant, number)), weights)
+            weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
+        span = replace(span, head=span.head and not prefill)
+        yield Segment(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
 
 
 class Embeddings:
@@ -147,7 +164,8 @@ class Embeddings:
 class Decoder:
     """A loaded model; `sequence()` lends one of a few slots of its key-value memory.
 
-    Decoders that share the processor should share their `turns`.
+    `long` are segments for passes over many tokens, without the head; the others take those as well where there are
+    none. Decoders that share the processor should share their `turns`.
     """
 
     def __init__(
@@ -157,6 +175,8 @@ class Decoder:
         embeddings: Embeddings,
         options: EngineOptions,
         turns: Turns | None = None,
+        *,
+        long: Iterable[Segment] = (),
     ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         self.context = min(options.context, shape.context)
@@ -164,8 +184,9 @@ class Decoder:
         self.memory = KeyValueMemory(shape, options.sequences, self.context)
         self.prefixes = _prefix_cache(shape, options)
         self._segments = [(part.span, _session(part, options)) for part in parts]
+        self._long = [(part.span, _session(part, options)) for part in long]
         self._rotary = rotary_tables(shape, self.context + 1)
-        self._stacks: dict[tuple[range, bool], _Stack] = {}
+        self._stacks: dict[tuple[range, _Pass], _Stack] = {}
         self._stacks_version = 0
         self._places = threading.BoundedSemaphore(options.sequences)
         self._lock = threading.Lock()
@@ -203,17 +224,24 @@ class Decoder:
                 with self._lock:
                     heapq.heappush(self._free, slot)
 
-    def stack(self, slots: range, room: int, *, single: bool) -> _Stack:
-        """The segments bound to some slots with room for so many tokens; only for whoever has the turn.
+    @property
+    def has_long(self) -> bool:
+        """Whether passes over many tokens have segments of their own."""
+        return bool(self._long)
+
+    def stack(self, slots: range, room: int, n_tokens: int) -> _Stack:
+        """The segments for a pass of `n_tokens`, bound to slots with `room` tokens; only for whoever has the turn.
 
         Passes of single tokens have stacks of their own, so that nothing is bound anew from one to the next.
         """
+        kind = _Pass.SINGLE if n_tokens == 1 else _Pass.LONG if self._long and n_tokens >= LONG else _Pass.SHORT
         self.memory.reserve(slots.stop, room)
         if self._stacks_version != self.memory.version:
             self._stacks, self._stacks_version = {}, self.memory.version
-        found = self._stacks.get((slots, single))
+        found = self._stacks.get((slots, kind))
         if found is None:
-            found = self._stacks[slots, single] = _Stack(self.shape, self._segments, self._rotary, self.memory, slots)
+            chosen = self._long if kind is _Pass.LONG else self._segments
+            found = self._stacks[slots, kind] = _Stack(self.shape, chosen, self._rotary, self.memory, slots)
         return found
 
     def step(self, members: Sequence[TokenSequence]) -> None:
@@ -222,7 +250,7 @@ class Decoder:
         A slot between them that sits out is computed too: what it writes lies behind its own tokens.
         """
         slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
-        stack = self.stack(slots, 1 + max(m.length for m in members), single=True)
+        stack = self.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
         x = np.zeros((len(slots), 1, self.shape.width), np.float32)
         x[[m.slot - slots.start for m in members], 0] = self.embeddings.rows([m.next_id for m in members])
         for _ in stack.run(x, [self._sequences[slot].length for slot in slots]):
@@ -405,7 +433,12 @@ class TokenSequence:
         begins = not self.length
         if begins:
             self._recall(ids)
-        for chunk in chunks(ids[self.length if begins else 0 :], self.gone):
+        ids = ids[self.length if begins else 0 :]
+        if self._decoder.has_long and len(ids) > LONG:  # what reads many tokens has no head: the last one goes alone
+            for chunk in chunks(ids[:-1], self.gone):
+                self._read(chunk)
+            ids = ids[-1:]
+        for chunk in chunks(ids, self.gone):
             self._logits = self._read(chunk)["logits"][0, -1]
         if begins:
             self.remember()
@@ -466,7 +499,7 @@ class TokenSequence:
 
         def run() -> None:
             length = self.length + len(ids)
-            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, single=len(ids) == 1)
+            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, len(ids))
             for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1]):
                 found[:] = [segment]
                 if until(segment):

@@ -19,10 +19,19 @@ from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
-from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TextEngine, TokenSequence, segments
+from models.runtime.engine import (
+    Decoder,
+    Embeddings,
+    EngineOptions,
+    Floats,
+    Segment,
+    TextEngine,
+    TokenSequence,
+    segments,
+)
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
-from models.runtime.providers import CPU
+from models.runtime.providers import CPU, int8_products_are_exact
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
@@ -201,10 +210,11 @@ class LocalTier:
             exported = ExportedDecoder.open(artifact, options)
             return cls(_card(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
-        decoders = {
-            v: Decoder(m.architecture, segments(artifact, v), embeddings, writing if v == PLAIN else options, turns)
-            for v in _variants(artifact)
-        }
+        decoders = {}
+        for v in _variants(artifact):
+            usual, long = _segments(artifact, v)
+            chosen = writing if v == PLAIN else options
+            decoders[v] = Decoder(m.architecture, usual, embeddings, chosen, turns, long=long)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
@@ -256,6 +266,19 @@ def _variants(artifact: Artifact) -> list[str]:
     if not found or (artifact.manifest.lm_head and PLAIN not in found):
         raise ArtifactError(f"{artifact.path} has no graph to run; build the artifact again")
     return found
+
+
+def _segments(artifact: Artifact, variant: str) -> tuple[Iterator[Segment], Iterator[Segment]]:
+    """The segments for all passes, and those for passes over many tokens where they are others.
+
+    A second copy of the weights is used where it was built and this processor is exact with it; who writes no text
+    needs no other.
+    """
+    usual, nothing = segments(artifact, variant), iter(())
+    if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
+        return usual, nothing
+    long = segments(artifact, variant, prefill=True)
+    return (usual, long) if artifact.manifest.lm_head and variant == PLAIN else (long, nothing)
 
 
 def _stats(turns: Turns, writing: Decoder | None) -> TierStats:
