@@ -13,6 +13,7 @@ from models.artifact.store import Artifact
 from models.build.assemble import build
 from models.build.gguf_source import GgufSource
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, segments
+from models.runtime.engine import load as open_segments
 
 TWICE = "+prefill"
 """Ends the name of a setting that stores weights a second time, for passes over many tokens."""
@@ -68,7 +69,8 @@ def load(entrant: Entrant, threads: int, context: int) -> Reader:
     shape = artifact.manifest.architecture
     options = EngineOptions(threads=threads, context=context, sequences=SEQUENCES)
     embeddings = Embeddings(artifact.embeddings(), None, shape.width)
-    long = segments(artifact, PLAIN, prefill=True) if entrant.setting.endswith(TWICE) else ()
+    twice = entrant.setting.endswith(TWICE)
+    long = open_segments(segments(artifact, PLAIN, prefill=True), options, rests=True) if twice else ()
     return _Reader(Decoder(shape, segments(artifact, PLAIN), embeddings, options, long=long))
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,8 @@ def _fill(
         report(n + 1, steps, f"{quant}: layer {n + 1} of {shape.n_layers}")
     if embeddings:
         add(packing.top())
-    for variant, prefill in product(packing.variants, (False, True) if packing.prefill else (False,)):
+    chosen = [(variant, False) for variant in packing.variants]
+    for variant, prefill in [*chosen, *([(packing.variants[-1], True)] if packing.prefill else [])]:
         made = graphs(shape, packing.exits, source.has_lm_head, dims, variant, prefill=prefill)
         for number, (_, graph) in enumerate(made):
             writer.add_bytes(graph_file(variant, number, prefill=prefill), graph)

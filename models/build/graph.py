@@ -48,7 +48,7 @@ def decoder_graph(
 
     `tensors` names every stored tensor with its dimensions; which suffixes a projection has decides how it is
     computed. `adapter` adds the low-rank products of `adapter.*`. `prefill` makes the graph for passes over many
-    tokens, of `prefill.*`, without a head.
+    tokens, of `prefill.*`, without a head; it is given the adapter with each pass, so that it serves without one too.
     """
     builder = _Builder(shape, tensors, adapter, accuracy_level, prefill=prefill)
     hidden, carried = builder.layers(span)
@@ -81,6 +81,7 @@ class _Builder:
     ) -> None:
         self._shape, self._tensors, self._adapter, self._accuracy_level = shape, tensors, adapter, accuracy_level
         self._prefill = prefill
+        self._given: list[Any] = []
         self._nodes: list[Any] = []
         self._constants: dict[str, TensorProto] = {}
 
@@ -90,8 +91,10 @@ class _Builder:
         return outputs[0]
 
     def weight(self, name: str) -> str:
-        """Declare a stored tensor as an external initializer."""
-        if name not in self._constants:
+        """Declare a stored tensor as an external initializer, or as an input if it is given with each pass."""
+        if self._prefill and name.startswith("adapter."):
+            self._given.append(_value(name, self._tensors[name]))
+        elif name not in self._constants:
             kind = KINDS.get(name.rpartition(".")[2], TensorProto.FLOAT)
             proto = TensorProto(name=name, data_type=kind, dims=self._tensors[name])
             proto.data_location = TensorProto.EXTERNAL
@@ -313,7 +316,7 @@ class _Builder:
         inputs = [_value("x", wide)]
         inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
         tables = ("cos", "sin", *(("local_cos", "local_sin") if s.local_rope_theta else ()))
-        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables]
+        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables] + self._given
         dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", 1, s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {
             name: (value, dims[name]) for name, value in outputs.items()

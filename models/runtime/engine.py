@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -50,7 +50,9 @@ CHUNK = 256
 """Tokens that go through the model at once; a longer prompt goes in pieces, so that memory stays bounded."""
 
 
-LONG = 8
+SPIN_US = 1000
+"""How long idle threads wait busily: longer than the pause between two steps, and no burden on who comes next."""
+LONG = 24
 """Tokens from which a pass takes the segments for many tokens, where there are such."""
 
 
@@ -109,11 +111,15 @@ class TextEngine(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """One graph with its weights; the weights are let go of once the session has packed them."""
+    """One graph with its weights; the weights are let go of once the session has packed them.
+
+    `given` are weights that go in with each pass.
+    """
 
     span: Span
     graph: bytes
     weights: Mapping[str, Array]
+    given: Mapping[str, Array] = field(default_factory=dict)
 
 
 def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
@@ -122,14 +128,37 @@ def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iter
     for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
         adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
         weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
+        given: dict[str, Array] = {}
         if prefill:
-            weights = {name: value for name, value in weights.items() if not of_small_passes(name)}
+            given = {name: value for name, value in weights.items() if name.startswith("adapter.")}
+            weights = {name: v for name, v in weights.items() if not of_small_passes(name) and name not in given}
             weights |= artifact.tensors(*map(prefill_file, span.layers))
         if span.stop == m.architecture.n_layers:
             top = artifact.tensors(HEAD)
             weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
-        span = replace(span, head=span.head and not prefill)
-        yield Segment(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
+        done = replace(span, head=span.head and not prefill)
+        yield Segment(done, artifact.read(graph_file(variant, number, prefill=prefill)), weights, given)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A segment's session, and the weights that go in with each pass."""
+
+    span: Span
+    session: ort.InferenceSession
+    given: Mapping[str, Array]
+
+    def without_adapter(self) -> Loaded:
+        """The same session with an adapter that adds nothing."""
+        sizes = [value.size for value in self.given.values()]
+        nothing = np.zeros(max(sizes, default=0), np.float32)
+        zeros = {name: nothing[: value.size].reshape(value.shape) for name, value in self.given.items()}
+        return replace(self, given=zeros)
+
+
+def load(parts: Iterable[Segment], options: EngineOptions, *, rests: bool = False) -> list[Loaded]:
+    """Open the sessions of segments; decoders may share them. `rests` is explained in `open_session`."""
+    return [Loaded(part.span, _session(part, options, rests=rests), part.given) for part in parts]
 
 
 class Embeddings:
@@ -171,20 +200,20 @@ class Decoder:
     def __init__(
         self,
         shape: LlamaShape,
-        parts: Iterable[Segment],
+        parts: Iterable[Segment | Loaded],
         embeddings: Embeddings,
         options: EngineOptions,
         turns: Turns | None = None,
         *,
-        long: Iterable[Segment] = (),
+        long: Sequence[Loaded] = (),
     ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         self.context = min(options.context, shape.context)
         self.turns = turns or Turns()
         self.memory = KeyValueMemory(shape, options.sequences, self.context)
         self.prefixes = _prefix_cache(shape, options)
-        self._segments = [(part.span, _session(part, options)) for part in parts]
-        self._long = [(part.span, _session(part, options)) for part in long]
+        self._segments = _loaded(parts, options)
+        self._long = long
         self._rotary = rotary_tables(shape, self.context + 1)
         self._stacks: dict[tuple[range, _Pass], _Stack] = {}
         self._stacks_version = 0
@@ -196,12 +225,12 @@ class Decoder:
     @property
     def provider(self) -> str:
         """Short name of the execution provider in use."""
-        return short_name(self._segments[0][1].get_providers()[0])
+        return short_name(self._segments[0].session.get_providers()[0])
 
     @property
     def batches(self) -> bool:
         """Whether the graphs take several sequences; older ones do not."""
-        return all(isinstance(session.get_inputs()[0].shape[0], str) for _, session in self._segments)
+        return all(isinstance(part.session.get_inputs()[0].shape[0], str) for part in self._segments)
 
     @contextmanager
     def sequence(self, deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TokenSequence]:
@@ -259,17 +288,29 @@ class Decoder:
             member.stepped(stack.logits[member.slot - slots.start, 0], shared=len(slots) > 1)
 
 
+def _loaded(parts: Iterable[Segment | Loaded], options: EngineOptions) -> list[Loaded]:
+    """Open the sessions of those that have none yet."""
+    return [part if isinstance(part, Loaded) else load([part], options)[0] for part in parts]
+
+
 def _prefix_cache(shape: LlamaShape, options: EngineOptions) -> PrefixCache[Floats] | None:
     block_bytes = 4 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * BLOCK_TOKENS
     return PrefixCache(options.prefix_cache_bytes, block_bytes) if options.prefix_cache_bytes else None
 
 
-def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str) -> ort.InferenceSession:
-    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused."""
+def open_session(
+    graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str, *, rests: bool = False
+) -> ort.InferenceSession:
+    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused.
+
+    One that `rests` has threads that never wait busily between passes, where they would be in another session's way.
+    """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests else "0")
     # Weights come from memory alone: a graph that names a file of weights is refused.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
@@ -280,9 +321,9 @@ def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOpti
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
 
 
-def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
+def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:
     what = f"layers {part.span.first} to {part.span.stop - 1}"
-    return open_session(part.graph, part.weights, options, what)
+    return open_session(part.graph, part.weights, options, what, rests=rests)
 
 
 def rotary_tables(shape: LlamaShape, positions: int) -> dict[str, Floats]:
@@ -325,7 +366,7 @@ class _Stack:
     def __init__(
         self,
         shape: LlamaShape,
-        segments: Sequence[tuple[Span, ort.InferenceSession]],
+        parts: Sequence[Loaded],
         rotary: Mapping[str, Floats],
         memory: KeyValueMemory,
         slots: range,
@@ -333,7 +374,7 @@ class _Stack:
         self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
         inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
         inputs |= rotary
-        self._bound = [_Bound(shape, span, session, inputs, memory, slots) for span, session in segments]
+        self._bound = [_Bound(shape, part, {**inputs, **part.given}, memory, slots) for part in parts]
 
     def run(self, x: Floats, last_positions: Sequence[int]) -> Iterator[_Bound]:
         """Run segment after segment on embeddings (B, T, C), whose last tokens go to `last_positions`."""
@@ -356,13 +397,13 @@ class _Bound:
     def __init__(
         self,
         shape: LlamaShape,
-        span: Span,
-        session: ort.InferenceSession,
+        part: Loaded,
         inputs: Mapping[str, Array],
         memory: KeyValueMemory,
         slots: range,
     ) -> None:
-        self.span, self._session, self._binding = span, session, session.io_binding()
+        self.span, self._session, self._binding = part.span, part.session, part.session.io_binding()
+        span = part.span
         self.is_last = span.stop == shape.n_layers
         self._width = shape.width
         self._kept: dict[str, Array] = {}

@@ -24,9 +24,10 @@ from models.runtime.engine import (
     Embeddings,
     EngineOptions,
     Floats,
-    Segment,
+    Loaded,
     TextEngine,
     TokenSequence,
+    load,
     segments,
 )
 from models.runtime.exported import ExportedDecoder
@@ -210,11 +211,15 @@ class LocalTier:
             exported = ExportedDecoder.open(artifact, options)
             return cls(_card(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
+        many = _for_many_tokens(artifact, options)
+        bare = [part.without_adapter() for part in many]
         decoders = {}
         for v in _variants(artifact):
-            usual, long = _segments(artifact, v)
-            chosen = writing if v == PLAIN else options
-            decoders[v] = Decoder(m.architecture, usual, embeddings, chosen, turns, long=long)
+            if m.lm_head and v == PLAIN:
+                parts = segments(artifact, v)
+                decoders[v] = Decoder(m.architecture, parts, embeddings, writing, turns, long=bare)
+            else:  # who writes no text reads many tokens at once
+                decoders[v] = Decoder(m.architecture, many or segments(artifact, v), embeddings, options, turns)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
@@ -268,17 +273,12 @@ def _variants(artifact: Artifact) -> list[str]:
     return found
 
 
-def _segments(artifact: Artifact, variant: str) -> tuple[Iterator[Segment], Iterator[Segment]]:
-    """The segments for all passes, and those for passes over many tokens where they are others.
-
-    A second copy of the weights is used where it was built and this processor is exact with it; who writes no text
-    needs no other.
-    """
-    usual, nothing = segments(artifact, variant), iter(())
+def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]:
+    """The sessions for passes over many tokens, if they were built and this processor is exact with them."""
+    variant = _variants(artifact)[-1]
     if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
-        return usual, nothing
-    long = segments(artifact, variant, prefill=True)
-    return (usual, long) if artifact.manifest.lm_head and variant == PLAIN else (long, nothing)
+        return []
+    return load(segments(artifact, variant, prefill=True), options, rests=True)
 
 
 def _stats(turns: Turns, writing: Decoder | None) -> TierStats:
