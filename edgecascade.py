@@ -529,7 +529,7 @@ def _ensure_edge(stack: Stack) -> None:
     out = _home() / "edge"
     if "edge" in stack.functions and not (out / "manifest.json").is_file():
         adapter = ROOT / "models" / "tiers" / "edge"
-        _build("smollm2", out, adapter if adapter.is_dir() else None, "int4")
+        _build("smollm2", out, adapter if adapter.is_dir() else None, "int4", prefill=True)
 
 
 def _stack(only: tuple[str, ...]) -> Stack:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from models.artifact.names import FRAMES, PLAIN, SITES, Span, of_small_passes, spans
+from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
 from models.build.gptq import Rounding, calibration_ids
@@ -295,17 +295,15 @@ class PackedModel:
         dims = {name: value.shape for name, value in self.tensors.items()}
         level = self.accuracy_level
         for span, graph in graphs(self.shape, self.exits, self.lm_head, dims, variant, level, prefill=prefill):
-            yield Segment(span, graph, self._weights(span, variant, prefill=prefill))
+            make = Segment.for_many_tokens if prefill else Segment
+            yield make(span, graph, self._weights(span, variant, prefill=prefill))
 
     def _weights(self, span: Span, variant: str, *, prefill: bool) -> dict[str, Array]:
-        groups = {f"{group}.{n}." for n in span.layers for group in ("layers", "prefill")}
+        groups = {f"{group}.{n}." for n in span.layers for group in ("layers", *(("prefill",) if prefill else ()))}
         if variant == FRAMES:
             groups |= {f"adapter.{n}." for n in span.layers}
         chosen = {
-            name: v
-            for name, v in self.tensors.items()
-            if name[: name.find(".", name.find(".") + 1) + 1] in groups
-            and not (of_small_passes(name) if prefill else name.startswith("prefill."))
+            name: v for name, v in self.tensors.items() if name[: name.find(".", name.find(".") + 1) + 1] in groups
         }
         if span.stop == self.shape.n_layers:
             chosen[span.norm] = self.tensors[span.norm]

@@ -121,6 +121,13 @@ class Segment:
     weights: Mapping[str, Array]
     given: Mapping[str, Array] = field(default_factory=dict)
 
+    @classmethod
+    def for_many_tokens(cls, span: Span, graph: bytes, weights: Mapping[str, Array]) -> Segment:
+        """Of all that a span has, what a pass over many tokens needs: it has no head, and is given the adapter."""
+        given = {name: value for name, value in weights.items() if name.startswith("adapter.")}
+        kept = {name: v for name, v in weights.items() if not of_small_passes(name) and name not in given}
+        return cls(replace(span, head=False), graph, kept, given)
+
 
 def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
     """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens."""
@@ -128,16 +135,13 @@ def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iter
     for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
         adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
         weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
-        given: dict[str, Array] = {}
         if prefill:
-            given = {name: value for name, value in weights.items() if name.startswith("adapter.")}
-            weights = {name: v for name, v in weights.items() if not of_small_passes(name) and name not in given}
             weights |= artifact.tensors(*map(prefill_file, span.layers))
         if span.stop == m.architecture.n_layers:
             top = artifact.tensors(HEAD)
             weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
-        done = replace(span, head=span.head and not prefill)
-        yield Segment(done, artifact.read(graph_file(variant, number, prefill=prefill)), weights, given)
+        make = Segment.for_many_tokens if prefill else Segment
+        yield make(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
 
 
 @dataclass(frozen=True)
@@ -475,7 +479,7 @@ class TokenSequence:
         if begins:
             self._recall(ids)
         ids = ids[self.length if begins else 0 :]
-        if self._decoder.has_long and len(ids) > LONG:  # what reads many tokens has no head: the last one goes alone
+        if self._decoder.has_long and len(ids) >= LONG:  # what reads many tokens has no head: the last one goes alone
             for chunk in chunks(ids[:-1], self.gone):
                 self._read(chunk)
             ids = ids[-1:]
