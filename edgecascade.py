@@ -148,7 +148,7 @@ def build(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
-    quant: Annotated[str, typer.Option(help="int4, int4-mixed, int4-gptq, int8 or fp32.")] = "int4",
+    quant: Annotated[str, typer.Option(help="int4, int4-gptq, int8 or fp32.")] = "int4",
     via: Annotated[
         str, typer.Option(help="own: our fused graph; optimum: any family it exports (needs torch).")
     ] = "own",
@@ -501,7 +501,7 @@ def _build(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
     with _bar("building") as report:
-        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, prefill, report)
+        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report, prefill=prefill)
 
 
 def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:

@@ -22,17 +22,16 @@ SEQUENCES = 8
 ABOUT = {
     "int4": "the file's own grid, its 8-bit head",
     "Q4_0": "the Q4_0 file's grid, 8-bit head",
-    "int4-mixed": "8 bits where faster, else the file's grid",
     "int4-gptq": "4 bits calibrated on texts",
     "int4-gptq+prefill": "the same, and in int8 for long passes",
-    "int8": "8 bits in blocks of 32",
+    "int8": "8 bits in blocks of 64, the head as in the file",
     "fp32": "the file's weights dequantised",
 }
 
 
 def entrants(model: Model) -> list[Entrant]:
     """The file's grid, Q4_0's, and our other quantisations."""
-    others = ("int4-mixed", "int4-gptq", "int4-gptq+prefill", "int8")
+    others = ("int4-gptq", "int4-gptq+prefill", "int8")
     settings = ("int4", *others) if model.same else ("int4", "Q4_0", *others)
     return [_entrant(model, setting) for setting in settings]
 

@@ -40,19 +40,18 @@ class Scheme:
 
 TABLE, HEAD = "table", "head"
 """Stand for the table of embeddings, and for the head where it is not stored like it, beside the projections."""
-_FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, keeps_grid=True)
-_WIDE, _CALIBRATED = Scheme(BYTE, 128), Scheme(NIBBLE, 128, calibrated=True)
+_FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, 64, keeps_grid=True)
+_CALIBRATED = Scheme(NIBBLE, 128, calibrated=True)
 SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
     "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
     "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
-    "int4-mixed": {"qkv": _WIDE, "out": _FOUR, "gate_up": _FOUR, "down": _WIDE, TABLE: _WIDE},
     "int4-gptq": {**dict.fromkeys((*SITES, HEAD), _CALIBRATED), TABLE: _EIGHT},
 }
 """Quantisations by name. A head has 8 bits unless it is calibrated: four cost a small model too much.
 
-`int4` keeps a 4-bit file's grid to the last bit. `int4-mixed` stores in 8 bits, with wide blocks, what is faster so
-than in four with offsets. `int4-gptq` gives up the grid for speed, and stores the embeddings apart from the head.
+`int4` keeps a 4-bit file's grid to the last bit. Blocks of 64 are the widest in which onnxruntime computes a row of 8
+bits alike, whoever shares its pass. `int4-gptq` gives up the grid for speed, and stores embeddings apart from the head.
 """
 GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 """Block formats that are kept as they are, and their bits."""
@@ -219,4 +218,5 @@ def fits(parts: Mapping[str, Array], n_out: int, n_in: int, scheme: Scheme) -> b
     """Whether operands made by the scheme stand for a matrix (N, K)."""
     if "w" in parts:
         return bool(parts["w"].shape == (n_out, n_in))
-    return bool(parts["q"].shape[:2] == (n_out, -(-n_in // block_for(n_in, scheme.block))))
+    blocks = {block_for(n_in, scheme.block), *([BLOCK] if scheme.keeps_grid else [])}
+    return parts["q"].shape[:2] in {(n_out, -(-n_in // block)) for block in blocks}

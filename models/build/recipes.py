@@ -31,8 +31,9 @@ def build_tier(
     adapter: Path | None,
     via: str,
     prune: int,
-    prefill: bool,
     report: Report,
+    *,
+    prefill: bool = False,
 ) -> Artifact:
     """Build the artifact of whatever `source` names; raises `SourceError` or `ArtifactError`."""
     from models.build.assemble import OPTIMUM, OWN, build
