@@ -28,8 +28,13 @@ class VoltageCurve:
         if not all(0 <= level <= 1 for level in levels) or levels != sorted(levels):
             raise ValueError("needs levels from 0 to 1 that do not fall")
 
-    def level(self, volts: float) -> float:
-        """Between two points on the line that joins them; outside, the nearer end."""
+    def level(self, volts: float) -> float | None:
+        """Between two points on the line that joins them; outside, the nearer end.
+
+        None far outside (under half of the lowest, over twice the highest): there is no such battery on the meter.
+        """
+        if not self.points[0][0] / 2 <= volts <= 2 * self.points[-1][0]:
+            return None
         above = bisect_right(self.points, volts, key=lambda point: point[0])
         if above == 0:
             return self.points[0][1]

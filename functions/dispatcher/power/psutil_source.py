@@ -40,7 +40,8 @@ class PsutilSource:
         sensors = self.load()
         battery = _asked(sensors, "sensors_battery")
         chips = _asked(sensors, "sensors_temperatures") or {}
-        celsius = max((entry.current for chip in chips.values() for entry in chip), default=None)
+        heat = [entry.current for chip in chips.values() for entry in chip if entry.current is not None]
+        celsius = max(heat, default=None)
         if battery is None and celsius is None:
             return None
         return Reading(
