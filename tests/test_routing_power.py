@@ -217,6 +217,27 @@ def test_never_flaps_within_the_width(limits: PowerLimits, noise: list[float], f
     assert len(set(modes)) == 1
 
 
+@given(limits_(), st.lists(share, min_size=1, max_size=40), st.booleans())
+def test_heat_never_flaps_between_its_limits(limits: PowerLimits, noise: list[float], hot: bool) -> None:
+    """From `cool_below_c` to below `hot_above_c` whoever was hot stays hot, and nobody else becomes so."""
+    width = limits.hot_above_c - limits.cool_below_c
+    assume(width > 0)
+    power = Power(hot=hot)
+    for part in noise:
+        celsius = min(limits.cool_below_c + part * width, math.nextafter(limits.hot_above_c, -math.inf))
+        power = next_power(limits, power, [Reading("a", NOW, celsius=celsius)], NOW)
+        assert power.hot is hot
+
+
+@given(limits_(), states, st.floats(-40, 150), st.floats(-40, 150))
+def test_warmer_is_never_better(limits: PowerLimits, previous: Power, one: float, other: float) -> None:
+    cold, warm = (
+        next_power(limits, previous, [Reading("a", NOW, 0.5, celsius=celsius)], NOW) for celsius in sorted((one, other))
+    )
+    assert cold.hot <= warm.hot
+    assert ORDER.index(cold.mode) <= ORDER.index(warm.mode)
+
+
 @given(limits_(), states, st.lists(share, min_size=1, max_size=30))
 def test_each_change_of_mode_crossed_a_limit(limits: PowerLimits, power: Power, levels: list[float]) -> None:
     for level in levels:
