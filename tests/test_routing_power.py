@@ -45,6 +45,7 @@ def test_modes_are_entered_at_their_limits_and_left_above_them() -> None:
     assert through(0.2, 0.199, 0.21, 0.23, 0.231, 0.2) == [NORMAL, SAVE, SAVE, SAVE, NORMAL, NORMAL]
     assert through(0.05, 0.049, 0.08, 0.081, 0.22, 0.24) == [SAVE, CRITICAL, CRITICAL, SAVE, SAVE, NORMAL]
     assert through(0.01, 0.9) == [CRITICAL, NORMAL]
+    assert through(0.01, 0.22) == [CRITICAL, SAVE]
 
 
 def test_the_lowest_level_counts_and_is_named() -> None:
