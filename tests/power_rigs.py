@@ -108,7 +108,7 @@ class BusRig:
         self.bus.registers = {0x01: 5000, 0x02: round(volts / 4e-3) << 3}
 
     def garble(self, text: str) -> None:
-        self.bus.registers = {0x01: 0, 0x02: 0x1}  # the chip says that its sums overflowed
+        self.bus.registers = {0x01: 0xFFFF, 0x02: 0xFFFF}  # a bus whose lines float
 
     def vanish(self) -> None:
         self.bus.registers = {}

@@ -257,6 +257,15 @@ def test_a_current_below_zero_is_read_as_such(clock: Clock, tmp_path: Path) -> N
     assert (reading.charging, reading.watts) == (True, pytest.approx(-1.85))
 
 
+@pytest.mark.parametrize("steps", [32_000, (1 << 16) - 32_000])
+def test_a_current_beyond_the_scale_is_not_known(clock: Clock, tmp_path: Path, steps: int) -> None:
+    rig = BusRig(tmp_path, clock)
+    rig.bus.registers = {0x01: steps, 0x02: 925 << 3}
+    reading = rig.source.read()
+    assert reading is not None
+    assert (reading.level, reading.watts) == (pytest.approx(0.7), None)
+
+
 def test_the_bus_is_opened_by_the_first_read_and_again_after_a_failure(clock: Clock, tmp_path: Path) -> None:
     rig = BusRig(tmp_path, clock)
     assert rig.bus.opened == 0

@@ -23,7 +23,7 @@ from routing.power import Reading
 CHIPS = frozenset({"ina219", "ina220", "ina226", "ina230", "ina231", "ina260"})
 _SHUNT_VOLTAGE, _BUS_VOLTAGE = 0x01, 0x02
 _SHUNT_STEP_V, _BUS_STEP_V, _BUS_SHIFT = 10e-6, 4e-3, 3
-_OVERFLOW = 0x1  # of the bus voltage's register: the chip's own sums do not hold
+_OFF_SCALE = 32_000  # steps of shunt voltage: the chip measures up to 320 mV
 _IDLE_AMPERES = 0.01  # around zero a meter's sign is noise
 
 
@@ -111,16 +111,14 @@ class InaBusSource:
     _bus: Bus | None = field(default=None, init=False)
 
     def read(self) -> Reading | None:
-        """None where the chip does not answer, or says that its sums overflowed."""
+        """None where the chip does not answer; a current beyond its scale is not known."""
         try:
             shunt, bus = self._register(_SHUNT_VOLTAGE), self._register(_BUS_VOLTAGE)
         except OSError:
             self.close()
             return None
-        if bus & _OVERFLOW:
-            return None
         signed = shunt - (1 << 16) if shunt >= 1 << 15 else shunt
-        amperes = signed * _SHUNT_STEP_V / self.shunt_ohms
+        amperes = signed * _SHUNT_STEP_V / self.shunt_ohms if abs(signed) < _OFF_SCALE else None
         return self.meter.reading(self.name, self.clock(), (bus >> _BUS_SHIFT) * _BUS_STEP_V, amperes, None)
 
     def close(self) -> None:
