@@ -238,6 +238,13 @@ def test_the_sign_of_the_current_tells_of_charging(
     assert (reading.charging, reading.watts) == (charging, pytest.approx(watts))
 
 
+def test_a_load_takes_however_its_wires_are_put(tmp_path: Path) -> None:
+    """One ampere for six minutes out of 2 Ah is 5 %, and nothing comes back."""
+    meter = Meter(Gauge(CURVE, CoulombCount(2.0, gap_s=400)))
+    levels = [meter.reading("a", at_s, 3.8, -1.0, None).level for at_s in (0.0, 360.0)]
+    assert levels == [pytest.approx(0.8), pytest.approx(0.75)]
+
+
 def test_the_driver_and_the_bus_agree(tmp_path: Path, clock: Clock) -> None:
     """The same battery at 3.7 V and 0.5 A over 0.1 Ω: 50 mV are 5000 steps; 3.7 V are 925 steps of 4 mV."""
     over_bus = BusRig(tmp_path, clock)

@@ -39,14 +39,12 @@ class Meter:
     charging_sign: int = 0
 
     def reading(self, source: str, at_s: float, volts: float, amperes: float | None, watts: float | None) -> Reading:
-        """What the battery gives is positive, what it takes is not."""
-        if self.charging_sign and amperes is not None:
-            amperes = -amperes * self.charging_sign
-            charging = amperes < -_IDLE_AMPERES
-        else:
-            charging = None
-        if watts is None and amperes is not None:
-            watts = abs(volts * amperes)
+        """What the battery gives is positive, what it takes is not; a load only takes, however its wires are put."""
+        charging = None
+        if amperes is not None:
+            amperes = -amperes * self.charging_sign if self.charging_sign else abs(amperes)
+            charging = amperes < -_IDLE_AMPERES if self.charging_sign else None
+            watts = abs(volts * amperes) if watts is None else watts
         return Reading(
             source,
             at_s,
