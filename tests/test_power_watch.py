@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from functions.dispatcher.power import PowerConfig, PowerWatch, figures, message
+from functions.dispatcher.power import PowerConfig, PowerWatch, figures, message, series
 from functions.dispatcher.power.config import SOURCES
 from functions.dispatcher.power.file import FileSource
 from functions.dispatcher.power.gauge import VoltageCurve
@@ -377,7 +377,7 @@ def test_a_card_fills_in_what_the_operator_left_out() -> None:
 
 def gauges(power: Power) -> dict[tuple[str, str], float]:
     metrics = Metrics("shop-3", "whole")
-    metrics.watch_power(lambda: power)
+    metrics.add(series(lambda: power))
     text = metrics.exposition(inflight=0, waiting=0, ready=True).decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     assert all(sample.labels["node_id"] == "shop-3" for sample in samples)

@@ -5,7 +5,7 @@ Each app owns its registry, so several apps live in one process. Nothing is labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from prometheus_client.registry import Collector
 
 from functions.serving.events import Report, Usage
 from models.runtime.tier import TierStats
-from routing.power import Power, PowerMode
 
 NO_VERSION = "none"
 # The target is 80 ms: the default buckets jump from 75 to 100.
@@ -62,11 +61,11 @@ class Metrics:
 
     def watch(self, read: Callable[[], TierStats], provider: str) -> None:
         """Show what a tier counts itself, as it stands when it is asked for, and the execution provider it runs on."""
-        self._registry.register(_TierCollector(self._labels(self._version), read, provider))
+        self._registry.register(_TierCollector(read, self._labels(self._version), provider))
 
-    def watch_power(self, read: Callable[[], Power]) -> None:
-        """Show how the power stands when it is asked for: level, mode, heat; nothing for what nobody measures."""
-        self._registry.register(_PowerCollector(self._labels(NO_VERSION), read))
+    def add(self, collect: Callable[[dict[str, str]], Iterable[Metric]]) -> None:
+        """Show series that a function keeps itself; `collect` gets the labels that every series carries."""
+        self._registry.register(_Collector(collect, self._labels(self._version)))
 
     def answered(self, report: Report, usage: Usage) -> None:
         """Count one answer."""
@@ -111,28 +110,23 @@ class Metrics:
 
 
 @dataclass(frozen=True, eq=False)
-class _Labelled(Collector):
-    """What the collectors share: a family with one sample, and the function's labels on it."""
+class _Collector(Collector):
+    """Series that are read when they are asked for."""
 
+    read: Callable[[dict[str, str]], Iterable[Metric]]
     labels: dict[str, str]
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(self.labels))
-        family.add_metric(list(self.labels.values()), value)
-        return family
-
-    def _gauge(self, name: str, text: str, value: float, **more: str) -> Metric:
-        labels = {**self.labels, **more}
-        family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
-        family.add_metric(list(labels.values()), value)
-        return family
+    def collect(self) -> Iterable[Metric]:
+        """Read them now."""
+        return self.read(self.labels)
 
 
 @dataclass(frozen=True, eq=False)
-class _TierCollector(_Labelled):
+class _TierCollector(Collector):
     """Turns a tier's own counts into series."""
 
     read: Callable[[], TierStats]
+    labels: dict[str, str]
     provider: str
 
     def collect(self) -> Iterator[Metric]:
@@ -148,26 +142,13 @@ class _TierCollector(_Labelled):
         yield self._counter("pass_tokens", "Tokens in them; more than one each where answers share.", stats.pass_tokens)
         yield self._gauge("execution_provider", "1 for the one in use.", 1, provider=self.provider)
 
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(self.labels))
+        family.add_metric(list(self.labels.values()), value)
+        return family
 
-@dataclass(frozen=True, eq=False)
-class _PowerCollector(_Labelled):
-    """Turns the state of the power into series."""
-
-    read: Callable[[], Power]
-
-    def collect(self) -> Iterator[Metric]:
-        """Read the state now."""
-        power = self.read()
-        family = GaugeMetricFamily(
-            "edgecascade_power_mode", "1 for the mode that battery and heat ask for.", labels=[*self.labels, "mode"]
-        )
-        for mode in PowerMode:
-            family.add_metric([*self.labels.values(), mode.value], float(power.mode is mode))
-        yield family
-        yield self._gauge("hot", "1 while it is too warm, or throttled.", float(power.hot))
-        if power.level is not None:
-            yield self._gauge("battery_level_ratio", "The battery, 1: full.", power.level, source=power.source)
-        if power.charging is not None:
-            yield self._gauge("battery_charging", "1 while power comes from outside.", float(power.charging))
-        if power.celsius is not None:
-            yield self._gauge("temperature_celsius", "The hottest place that is measured.", power.celsius)
+    def _gauge(self, name: str, text: str, value: float, **more: str) -> Metric:
+        labels = {**self.labels, **more}
+        family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
