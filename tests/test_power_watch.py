@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -17,7 +18,21 @@ from functions.dispatcher.power.file import FileSource
 from functions.dispatcher.power.gauge import VoltageCurve
 from functions.serving.metrics import Metrics
 from functions.serving.settings import POWER_KEYS, ConfigError
-from routing.energy import DEVICE, EDGE, Draw, Figures, Radio
+from routing.energy import (
+    DEVICE,
+    EDGE,
+    IDLE,
+    RADIO,
+    Cost,
+    Draw,
+    Figures,
+    Forecast,
+    Radio,
+    Saving,
+    Traffic,
+    cheapest,
+    options,
+)
 from routing.power import REQUEST, Power, PowerLimits, PowerMode, Reading
 from tests.fakes import wait_until
 from tests.power_rigs import Clock
@@ -370,6 +385,16 @@ def test_a_card_fills_in_what_the_operator_left_out() -> None:
     assert figures.with_card(known, EDGE, 25.0, "a sheet").draws[EDGE] == Draw(25.0, "a sheet", on_battery=False)
     assert figures.with_card(known, EDGE, None, "") is known
     assert figures.with_card(known, EDGE, 25.0, " ") is known
+
+
+def test_with_the_shipped_card_alone_the_choice_says_what_it_does_not_know() -> None:
+    manifest = json.loads((Path(__file__).parents[1] / "models" / "tiers" / "device" / "manifest.json").read_text())
+    known = figures.with_card(Figures(), DEVICE, **{"watts": None, "source": "", **manifest["energy"]})
+    choice = cheapest(options(Forecast(device_s=0.01, edge_s=0.08, traffic=Traffic(900, 600))), 0.2, known)
+    assert choice.option is not None
+    assert choice.option.saving is Saving.DEVICE_ONLY
+    assert choice.cost == Cost(manifest["energy"]["watts"] * 0.01, manifest["energy"]["watts"] * 0.01)
+    assert (choice.undecided, choice.unknown) == ((Saving.EDGE,), (IDLE, RADIO))
 
 
 # --- gauges ---
