@@ -1,7 +1,7 @@
 """Is the model too slow to be asked? A ceiling on a moving percentile, with hysteresis and probes. Pure.
 
 Above `canned_above_ms` requests get a canned answer, but for a share of probes, which still go to the model. Only
-what the probes take counts from then on; once their percentile is below `back_below_ms`, all requests go again.
+what the latest probes take counts from then on; once their percentile is below `back_below_ms`, all requests go again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class LatencyLimits:
     """When to stop asking, and when to ask again.
 
     `back_below_ms` must lie below `canned_above_ms`. Nothing is decided on fewer than `least_samples`; samples older
-    than `window_s`, or beyond the newest `window`, are forgotten. One request in `probe_every` is a probe, and any
-    request that comes `probe_after_s` after the last one.
+    than `window_s`, or beyond the newest `window` (while shut: the newest `least_samples`), are forgotten. One request
+    in `probe_every` is a probe, and any request that comes `probe_after_s` after the last one.
     """
 
     canned_above_ms: float
@@ -63,7 +63,8 @@ class LatencyGate:
         """Take in what a request to the model took; one that failed or was given up took at least that long."""
         since_s = now_s - self.limits.window_s
         kept = (sample for sample in self.samples if sample[0] > since_s)
-        seen = replace(self, samples=(*kept, (now_s, took_ms))[-self.limits.window :])
+        count = self.limits.least_samples if self.canned else self.limits.window
+        seen = replace(self, samples=(*kept, (now_s, took_ms))[-count:])
         value_ms = seen.percentile_ms
         if value_ms is None:
             return seen

@@ -7,16 +7,20 @@ nothing to say. A text is a refusal to whoever asked for JSON; a frame is what w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flask import has_request_context, request
 
-from functions.dispatcher.canned import Messages
+from functions.dispatcher.canned import MODEL, Messages
 from functions.dispatcher.rules import RuleBook
 from functions.serving.ask import CHAT, Ask
+from functions.serving.events import End, Event, Piece, Report, Start, Usage
 from models.runtime.tier import JsonForm
+
+RULES = "rules"
+"""The source of what rules understood; a text's is `canned`."""
 
 Answered = str | Mapping[str, Any] | None
 
@@ -77,3 +81,14 @@ class FirstOf:
         """The first answer there is."""
         answers = (fallback.answer(ask, reason) for fallback in self.fallbacks)
         return next((answer for answer in answers if answer is not None), None)
+
+
+def events_of(ask: Ask, answer: str | Mapping[str, Any], reason: str, node_id: str) -> Iterator[Event]:
+    """A fallback's answer as a service gives it, flagged; a text is a refusal to who asked for JSON."""
+    frame = None if isinstance(answer, str) else dict(answer)
+    source = MODEL if frame is None else RULES
+    report = Report(source=source, route="fallback", reason=reason, degraded=True, frame=frame, node_id=node_id)
+    text = answer if isinstance(answer, str) else json.dumps(frame, ensure_ascii=False)
+    yield Start(source, report)
+    yield Piece(text, refuses=frame is None and ask.json is not None)
+    yield End("stop", Usage(), report)

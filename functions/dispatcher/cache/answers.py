@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from functions.dispatcher.cache import similarity
-from functions.dispatcher.cache.store import AnswerStore, Entry
+from functions.dispatcher.cache.store import AnswerStore, Entry, StoreError
 from functions.serving.ask import CHAT, Ask, Message, Sampling, Shape
 
+_LOG = logging.getLogger(__name__)
 _MAX_FORGOTTEN = 10_000
 
 
@@ -90,10 +92,16 @@ class AnswerCache:
         return bool(caller.tenant) and not ask.local_only and repeatable
 
     def look_up(self, caller: Caller, ask: Ask) -> Hit | None:
-        """The tenant's answer to this request, or to one that is enough like it."""
+        """The tenant's answer to this request, or to one that is enough like it; None also where the store fails."""
         if not self.takes(caller, ask):
             return None
-        now_s = self._clock()
+        try:
+            return self._found(caller, ask, self._clock())
+        except StoreError as error:
+            _LOG.warning("nothing was looked up: %s", error)
+            return None
+
+    def _found(self, caller: Caller, ask: Ask, now_s: float) -> Hit | None:
         exact = self._store.get(caller.tenant, key_of(ask), now_s)
         if exact is not None:
             return Hit(_given(exact), "exact", 1.0)
@@ -126,10 +134,17 @@ class AnswerCache:
             expires_s=now_s + self._rules.retention_s,
             features=similarity.features(ask.text) if scope else {},
         )
-        return self._store.put(entry)
+        try:
+            return self._store.put(entry)
+        except StoreError as error:
+            _LOG.warning("an answer was not kept: %s", error)
+            return False
 
     def forget(self, caller: Caller) -> int:
-        """Delete what came of the caller's conversation, also what is still on its way; gives how much that was."""
+        """Delete what came of the caller's conversation, also what is still on its way; gives how much that was.
+
+        Raises `StoreError` where that cannot be done.
+        """
         if not caller.tenant or not caller.conversation:
             return 0
         with self._lock:

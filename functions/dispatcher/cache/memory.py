@@ -42,9 +42,8 @@ class MemoryStore:
             tenant = self._tenants.setdefault(entry.tenant, _Tenant())
             tenant.entries[entry.key] = entry
             tenant.bytes += entry.size_bytes
-            postings = tenant.postings.setdefault(entry.scope, {})
             for feature, weight in entry.features.items():
-                postings.setdefault(feature, {})[entry.key] = weight
+                tenant.postings.setdefault(entry.scope, {}).setdefault(feature, {})[entry.key] = weight
         return True
 
     def get(self, tenant: str, key: str, now_s: float) -> Entry | None:
@@ -114,12 +113,12 @@ class MemoryStore:
         if own is None or entry is None:
             return
         own.bytes -= entry.size_bytes
-        postings = own.postings[entry.scope]
+        postings = own.postings.get(entry.scope, {})
         for feature in entry.features:
             del postings[feature][key]
             if not postings[feature]:
                 del postings[feature]
         if not postings:
-            del own.postings[entry.scope]
+            own.postings.pop(entry.scope, None)
         if not own.entries:
             del self._tenants[tenant]

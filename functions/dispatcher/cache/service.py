@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,14 @@ from typing import Any, Protocol, cast
 from flask import Flask, Response, jsonify, request
 
 from functions.dispatcher.cache.answers import AnswerCache, Caller, Given, Hit
+from functions.dispatcher.cache.store import StoreError
 from functions.serving.answering import Service
 from functions.serving.ask import Ask, Clocked
-from functions.serving.errors import RefusedError
+from functions.serving.errors import BrokenOffError, RefusedError
 from functions.serving.events import End, Event, Events, Piece, Report, Start, Timing, Usage
 from functions.serving.replies import ModelEntry
 
+_LOG = logging.getLogger(__name__)
 TENANT_HEADER = "X-Tenant"
 CONVERSATION_HEADER = "X-Conversation-Id"
 SOURCE = "cache"
@@ -43,7 +46,7 @@ class Forgets(Protocol):
     """A place that holds something of conversations."""
 
     def forget(self, caller: Caller) -> int:
-        """Delete what it holds of the caller's conversation; gives how much that was."""
+        """Delete what it holds of the caller's conversation; gives how much that was. May raise `StoreError`."""
 
 
 def add_conversation_routes(app: Flask, places: Sequence[Forgets]) -> None:
@@ -55,7 +58,11 @@ def add_conversation_routes(app: Flask, places: Sequence[Forgets]) -> None:
         if not caller.tenant:
             message = "say whose conversation it is, by an API key or the tenant's header"
             raise RefusedError(401, message, param=TENANT_HEADER, code="no_tenant")
-        return jsonify(id=conversation, object="conversation.deleted", deleted=sum(p.forget(caller) for p in places))
+        try:
+            deleted = sum([place.forget(caller) for place in places])
+        except StoreError:
+            raise BrokenOffError(500, "not all of it could be deleted; try again", code="not_deleted") from None
+        return jsonify(id=conversation, object="conversation.deleted", deleted=deleted)
 
 
 def purge_regularly(cache: AnswerCache, every_s: float) -> Callable[[], None]:
@@ -64,7 +71,10 @@ def purge_regularly(cache: AnswerCache, every_s: float) -> Callable[[], None]:
 
     def run() -> None:
         while not stopped.wait(every_s):
-            cache.purge()
+            try:
+                cache.purge()
+            except StoreError as error:
+                _LOG.warning("what has expired was not deleted: %s", error)
 
     threading.Thread(target=run, name="cache-purge", daemon=True).start()
     return stopped.set

@@ -22,11 +22,13 @@ _FORM_WEIGHT = 0.3
 _NGRAM_WEIGHT = 0.5
 _NGRAM_LENGTHS = (3, 4)
 _MAX_WORDS = 64
+# English: articles, auxiliaries, pronouns, prepositions, politeness, and the words that ask.
 _FORM_WORDS = frozenset(
-    # English: articles, auxiliaries, pronouns, prepositions, politeness, and the words that ask.
-    "a an the is are am be was were do does did can could will would should may i you we they he she it me my your our "
-    "us to of in on at for and or with by there here please some any this that these those have has had m re ll d ve s "
-    "get find tell want need like where when who whom which what how why much many".split()  # noqa: SIM905  # to be read
+    _WORD.findall(
+        "a an the is are am be was were do does did can could will would should may i you we they he she it me my your "
+        "our us to of in on at for and or with by there here please some any this that these those have has had m re "
+        "ll d ve s get find tell want need like where when who whom which what how why much many"
+    )
 )
 _NEGATIONS = frozenset(["no", "not", "never", "none", "without", "nothing", "cannot", "t"])  # `t` as in "don't"
 _ENDINGS = (("ies", "y"), ("ing", ""), ("es", ""), ("s", ""), ("ed", ""))

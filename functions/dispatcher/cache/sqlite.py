@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from functions.dispatcher.cache.store import Bounds, Entry, Held
+from functions.dispatcher.cache.store import Bounds, Entry, Held, StoreError
 from functions.serving.settings import ConfigError
 
 _APPLICATION_ID = 0x65636163  # "ecac": what marks a file as ours
@@ -119,16 +119,11 @@ class SqliteStore:
 
     @contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[None]:
-        with self._lock:
-            if durable:
-                self._db.execute("PRAGMA synchronous = FULL")
-            try:
-                self._db.execute("BEGIN")
-                with self._db:
-                    yield
-            finally:
-                if durable:
-                    self._db.execute("PRAGMA synchronous = OFF")
+        with self._lock, _translated():
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+            self._db.execute("BEGIN")
+            with self._db:
+                yield
 
     def _held(self) -> Held:
         row = self._db.execute("SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM answers").fetchone()
@@ -141,7 +136,8 @@ class SqliteStore:
             return None
         self._uses += 1
         self._db.execute("UPDATE answers SET used = ? WHERE tenant = ? AND key = ?", (self._uses, tenant, key))
-        return Entry(*row[:-1], dict(json.loads(row[-1])))
+        values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+        return Entry(**{**values, "features": dict(json.loads(values["features"]))})
 
     def _insert(self, entry: Entry) -> None:
         self._uses += 1
@@ -168,6 +164,14 @@ class SqliteStore:
         return int(self._db.execute(query).fetchone()[0])
 
 
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"the cache's file: {error}") from error
+
+
 def _shelf(tenant: str, scope: str) -> int:
     digest = hashlib.sha256(f"{tenant}\n{scope}".encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
@@ -180,24 +184,20 @@ def _open(path: Path) -> sqlite3.Connection:
         header = file.read(_APPLICATION_ID_AT.stop)
     if header and header[_APPLICATION_ID_AT] != _APPLICATION_ID.to_bytes(4):
         raise ConfigError(f"{path} is there and is no cache of edgecascade; name another file")
-    db = _connect(path)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
     try:
+        if header and not _is_sound(db):
+            db.close()
+            for ours in (path, path.with_name(f"{path.name}-journal")):
+                ours.unlink(missing_ok=True)
+            return _open(path)
+        for setting in ("secure_delete = ON", "foreign_keys = ON"):
+            db.execute(f"PRAGMA {setting}")
         if not header:
             db.executescript(_SCHEMA)
-        elif not _is_sound(db):
-            db.close()
-            path.unlink()
-            return _open(path)
     except BaseException:
         db.close()
         raise
-    return db
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
-    for setting in ("secure_delete = ON", "foreign_keys = ON", "synchronous = OFF"):
-        db.execute(f"PRAGMA {setting}")
     return db
 
 

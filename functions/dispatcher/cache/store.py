@@ -54,8 +54,12 @@ class Held:
     bytes: int
 
 
+class StoreError(Exception):
+    """The store cannot be read or written now."""
+
+
 class AnswerStore(Protocol):
-    """Keeps answers within bounds. Safe to use from several threads; time is an argument.
+    """Keeps answers within bounds. Safe to use from several threads; time is an argument; may raise `StoreError`.
 
     Where an answer has no room, the tenant that holds the most loses what it has not used for longest: nobody can
     drive another's answers out by asking much.
