@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from flask import has_request_context, request
 
-from functions.dispatcher.canned import MODEL, Messages
-from functions.dispatcher.rules import RuleBook
+from functions.dispatcher.canned import DEFAULT_FILE, MODEL, Messages, read_messages
+from functions.dispatcher.rules import RuleBook, read_rules
 from functions.serving.ask import CHAT, Ask
 from functions.serving.events import End, Event, Piece, Report, Start, Usage
 from models.runtime.tier import JsonForm
@@ -81,6 +82,12 @@ class FirstOf:
         """The first answer there is."""
         answers = (fallback.answer(ask, reason) for fallback in self.fallbacks)
         return next((answer for answer in answers if answer is not None), None)
+
+
+def open_fallback(rules_file: Path | None = None, messages_file: Path | None = None) -> Fallback:
+    """What a dispatcher falls back on: the rules if there is a file of them, then messages; raises `ConfigError`."""
+    canned = CannedMessages(read_messages(messages_file or DEFAULT_FILE))
+    return FirstOf([RulePlanner(read_rules(rules_file)), canned]) if rules_file else canned
 
 
 def events_of(ask: Ask, answer: str | Mapping[str, Any], reason: str, node_id: str) -> Iterator[Event]:

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from functions.dispatcher.patterns import MAX_WORDS, Pattern, PatternError, Word, words
+from functions.dispatcher.patterns import MAX_WORDS, Pattern, PatternError, Position, Word, words
 from functions.serving.settings import ConfigError
 from functions.serving.strict import Strict
 
@@ -109,7 +110,7 @@ class Rule:
         """The JSON schema of its frames."""
         kinds = {name: position for pattern in self.patterns for name, position in pattern.slots.items()}
         values = {name: {"enum": [value]} for name, value in self.slots.items()}
-        values |= {name: _slot_schema(position.kind, position.norms) for name, position in kinds.items()}
+        values |= {name: _slot_schema(position, self.limits.get(name)) for name, position in kinds.items()}
         required = [name for name in values if self.is_certain(name)]
         slots = {"type": "object", "properties": values, "required": required, "additionalProperties": False}
         return {
@@ -118,6 +119,25 @@ class Rule:
             "required": ["intent", "slots"],
             "additionalProperties": False,
         }
+
+    def allows(self, frame: Any) -> bool:
+        """Whether a frame, whoever made it, is one that the rule could give: its slots alone, numbers within limits."""
+        if not isinstance(frame, Mapping) or frame.get("intent") != self.intent:
+            return False
+        slots = frame.get("slots")
+        kinds = {name: position for pattern in self.patterns for name, position in pattern.slots.items()}
+        if not isinstance(slots, Mapping) or not set(slots) <= {*kinds, *self.slots}:
+            return False
+        certain = all(name in slots for name in (*kinds, *self.slots) if self.is_certain(name))
+        return certain and all(self._takes(name, value, kinds.get(name)) for name, value in slots.items())
+
+    def _takes(self, name: str, value: Any, position: Position | None) -> bool:
+        if position is None or value == self.slots.get(name):
+            return bool(value == self.slots.get(name))
+        if position.kind == "number":
+            low, high = self.limits.get(name, (-math.inf, math.inf))
+            return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return isinstance(value, str) and (position.is_open or value in position.norms)
 
     def is_certain(self, slot: str) -> bool:
         """Whether every step of the rule has the slot."""
@@ -198,6 +218,16 @@ class RuleBook:
             "required": ["intent", "slots"],
             "additionalProperties": False,
         }
+
+    def allows(self, frame: Any) -> bool:
+        """Whether a frame, such as a model's, is one that the book could give."""
+        if not self.is_plan:
+            return any(rule.allows(frame) for rule in self.rules)
+        slots = frame.get("slots") if isinstance(frame, Mapping) and frame.get("intent") == "plan" else None
+        steps = slots.get("steps") if isinstance(slots, Mapping) else None
+        if not isinstance(steps, list) or not 0 < len(steps) <= MAX_STEPS:
+            return False
+        return all(any(rule.allows(step) for rule in self.rules) for step in steps)
 
     def _step(self, clause: Sequence[Word]) -> Step | None:
         """The step of one clause, by the first rule that has it."""
@@ -346,7 +376,9 @@ def _tidy(value: str | float) -> Constant:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _slot_schema(kind: str, norms: tuple[str, ...]) -> dict[str, Any]:
-    if norms:
-        return {"enum": list(norms)}
-    return {"type": "number" if kind == "number" else "string"}
+def _slot_schema(position: Position, limits: tuple[float, float] | None) -> dict[str, Any]:
+    if not position.is_open:
+        return {"enum": list(position.norms)}
+    if position.kind != "number":
+        return {"type": "string"}
+    return {"type": "number", **({"minimum": _tidy(limits[0]), "maximum": _tidy(limits[1])} if limits else {})}
