@@ -343,7 +343,7 @@ def ask(text: str, **fields: Any) -> Ask:
 
 
 def cache_of(store: AnswerStore | None = None, clock: Callable[[], float] = lambda: 0.0, **rules: Any) -> AnswerCache:
-    return AnswerCache(store or MemoryStore(Bounds()), CacheRules(**{"alike_above": 0.8, **rules}), clock)
+    return AnswerCache(store or MemoryStore(Bounds()), CacheRules(**{"alike_above": similarity.ABOVE, **rules}), clock)
 
 
 def test_the_tenant_is_both_the_key_and_what_the_header_says() -> None:
@@ -361,7 +361,7 @@ def test_an_exact_and_a_like_question_are_answered_and_no_other_tenants() -> Non
     assert exact is not None
     assert alike is not None
     assert (exact.kind, exact.given, alike.kind, alike.given) == ("exact", said, "alike", said)
-    assert 0.8 <= alike.likeness < 1
+    assert similarity.ABOVE <= alike.likeness < 1
     assert cache.look_up(ANNA, ask("Where are the lifts?")) is None
     for other in (BOB, Caller.of("anna", "other key"), Caller("")):
         assert cache.look_up(other, ask("Where are the toilets?")) is None
@@ -501,7 +501,7 @@ class Echo:
 
 
 def client_of(echo: Echo, store: AnswerStore | None = None) -> FlaskClient:
-    cache = AnswerCache(store or MemoryStore(Bounds()), CacheRules(alike_above=0.8))
+    cache = AnswerCache(store or MemoryStore(Bounds()), CacheRules(alike_above=similarity.ABOVE))
     site = Site.create("dispatcher", Common(node_id="n"))
     app: Flask = create_base(site, site.drain)
     add_routes(app, site, CachedService(echo, cache, "n"))

@@ -36,7 +36,7 @@ class Caller:
 class CacheRules:
     """`retention_s`: the longest an answer is kept. `alike_above`: likeness that will do, None: the exact request only.
 
-    Likeness 0.8 was measured (docs/decisions/0015); lower gives more wrong answers.
+    `similarity.ABOVE` is the likeness that was measured; a lower one gives more answers, and more wrong ones.
     """
 
     retention_s: float = 3600.0
