@@ -77,7 +77,7 @@ def test_a_tenants_questions_are_not_anothers(place: Place) -> None:
 
 def test_frames_and_local_only_questions_are_not_kept(place: Place) -> None:
     place.says("a", "hello there")
-    place.says("a", CHAT, local_only=True)
+    assert place.says("a", CHAT, local_only=True)[1] == "canned"
     assert place.edge.prompts == []
     assert place.store.held().entries == 0
     place.says("a", CHAT)

@@ -22,6 +22,7 @@ from functions.serving.settings import ConfigError
 
 RULES = Path(__file__).with_name("rules.toml")
 FLOOR_PERCENT = 15.0
+_DEADLINE_MS = 5000
 _SYSTEM = "You plan flights of a drone. Answer with the steps of the flight plan as JSON."
 
 
@@ -71,7 +72,7 @@ def _by_model(
     """Stream the answer, looking at the battery before each token; leaving the stream frees the tier."""
     form = {"type": "json_schema", "json_schema": {"name": "plan", "schema": book.schema}}
     messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": command}]
-    body = {"model": "auto", "messages": messages, "response_format": form, "stream": True}
+    body = {"model": "auto", "messages": messages, "response_format": form, "stream": True, "deadline_ms": _DEADLINE_MS}
     headers = {"Accept": "text/event-stream", "X-Battery-Level": f"{battery_percent():g}"}
     text, source = "", ""
     with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:

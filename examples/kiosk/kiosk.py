@@ -33,6 +33,7 @@ from functions.serving.strict import Strict
 QUESTIONS = Path(__file__).with_name("questions.toml")
 _YEAR_S = 366 * 86_400
 _DEADLINE_MS = 5000
+_OUT_OF_SCOPE = "out_of_scope"
 _SORRY = "I can't answer that right now. Please ask at the information desk."
 
 
@@ -109,6 +110,8 @@ class Kiosk:
             choice, report = said["choices"][0], said["edgecascade"]
             text, finished = choice["message"]["content"] or "", choice["finish_reason"] == "stop"
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return Answer(_SORRY, "canned")
+        if (report["frame"] or {}).get("intent") == _OUT_OF_SCOPE:  # the device knows only that, and the edge is away
             return Answer(_SORRY, "canned")
         if report["frame"] is None and finished and not report["degraded"]:
             given = Given(text, report["source"], report["model_version"])

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 MAX_WORDS = 64
@@ -140,10 +141,11 @@ class Position:
 
     def common(self, other: Position) -> str | None:
         """A word that may stand here and there, or None."""
-        if self.is_open and other.is_open:
-            return "1" if "number" in {self.kind, other.kind} else "something"
-        named, rest = (other, self) if self.is_open else (self, other)
-        return next((norm for norm in named.norms if rest.accepts(_word(norm))), None)
+        if self.norms and other.norms:
+            return next((norm for norm in self.norms if norm in other.norms), None)
+        is_number = "number" in {self.kind, other.kind}
+        named = self.norms or other.norms or ("1" if is_number else "something",)
+        return next((norm for norm in named if not is_number or _word(norm).number is not None), None)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,12 @@ class Pattern:
 
     def match(self, text: Sequence[Word]) -> dict[str, str | float] | None:
         """The values of the slots, if all of the text matches; numbers as floats, choices as the pattern has them."""
-        path = self._path(text) if 0 < len(text) <= MAX_WORDS else None
+        if not 0 < len(text) <= MAX_WORDS:
+            return None
+        norms = {word.norm for word in text}
+        if any(norms.isdisjoint(needed) for needed in self._needed):
+            return None
+        path = self._path(text)
         if path is None:
             return None
         parts: dict[str, list[Word]] = {}
@@ -184,21 +191,29 @@ class Pattern:
 
     def overlap(self, other: Pattern) -> str | None:
         """A text that both match, or None if there is none."""
-        pending = [((p, q), "") for p in self.first for q in other.first]
-        seen: set[tuple[int, int]] = set()
-        for pair, before in pending:  # grows while it is walked: breadth first, so the shortest text is found
-            if pair in seen:
-                continue
-            seen.add(pair)
+        pairs = [(p, q) for p in self.first for q in other.first]
+        said: dict[tuple[int, int], tuple[str, tuple[int, int] | None]] = {}
+        reached: dict[tuple[int, int], tuple[int, int] | None] = dict.fromkeys(pairs)
+        for pair in pairs:  # grows while it is walked: breadth first, so the shortest text is found
             p, q = pair
             word = self.positions[p].common(other.positions[q])
             if word is None:
                 continue
-            text = f"{before} {word}".strip()
+            said[pair] = word, reached[pair]
             if p in self.final and q in other.final:
-                return text
-            pending.extend(((p2, q2), text) for p2 in self.follow[p] for q2 in other.follow[q])
+                return _text(said, pair)
+            for after in ((p2, q2) for p2 in self.follow[p] for q2 in other.follow[q]):
+                if after not in reached:
+                    reached[after] = pair
+                    pairs.append(after)
         return None
+
+    @cached_property
+    def _needed(self) -> tuple[frozenset[str], ...]:
+        """Words of which each text that matches has at least one, for each place that every way leads through."""
+        places = range(len(self.positions))
+        named = [place for place in places if self.positions[place].norms]
+        return tuple(frozenset(self.positions[p].norms) for p in named if not self._passes_through({*places} - {p}))
 
     def _path(self, text: Sequence[Word]) -> list[int] | None:
         """The positions that the words of the text stand at, by the first way through."""
@@ -248,6 +263,17 @@ class Pattern:
                 seen.add(later)
                 pending.extend(self.follow[later])
         return seen - {place}
+
+
+def _text(said: Mapping[tuple[int, int], tuple[str, tuple[int, int] | None]], last: tuple[int, int]) -> str:
+    """The words on the way to a pair of positions."""
+    words_back, pair = list[str](), last
+    while True:
+        word, before = said[pair]
+        words_back.append(word)
+        if before is None:
+            return " ".join(reversed(words_back))
+        pair = before
 
 
 def _value(kind: Kind, found: list[Word]) -> str | float:
