@@ -163,7 +163,7 @@ class Pattern:
         """Read a pattern; raises `PatternError`."""
         return _Parser(source).pattern()
 
-    @property
+    @cached_property
     def slots(self) -> dict[str, Position]:
         """The slots by name."""
         return {position.slot: position for position in self.positions if position.slot}

@@ -38,6 +38,7 @@ from functions.serving.strict import Strict
 MAX_RULES = 200
 MAX_PATTERNS = 300
 MAX_STEPS = 12
+_MAX_LETTERS = 32 * MAX_WORDS
 _MAX_FILE_BYTES = 1 << 20
 _TOO_MANY = (None,) * MAX_STEPS
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
@@ -194,8 +195,8 @@ class RuleBook:
 
     def plan(self, text: str) -> Plan | None:
         """Understand all of the text, or nothing: half a plan is none. Bounded in time by the bounds on words."""
-        found = words(text[: 32 * MAX_WORDS])
-        if not 0 < len(found) <= MAX_WORDS or len(text) > 32 * MAX_WORDS:
+        found = words(text) if len(text) <= _MAX_LETTERS else ()
+        if not 0 < len(found) <= MAX_WORDS:
             return None
         if not self.is_plan:
             clause = [word for word in found if not word.is_mark]
