@@ -14,12 +14,16 @@ from functions.dispatcher.canned import ELSE, REASONS, Messages, read_messages, 
 from functions.dispatcher.fallbacks import CannedMessages, FirstOf, RulePlanner, events_of
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
 from functions.dispatcher.rules import read_rules
+from functions.serving.answering import add_routes
 from functions.serving.ask import Ask, Clocked, Message, Shape
 from functions.serving.errors import ClientLeftError, OverloadedError, RefusedError
 from functions.serving.events import End, Event, Events, Piece, Report, Start, Usage
 from functions.serving.replies import ModelEntry
+from functions.serving.settings import Common, ConfigError
+from functions.serving.web import Site, create_base
 from models.runtime.tier import JsonForm, Tool, ToolUse
 from routing.latency import LatencyLimits
+from tests.fakes import user
 
 DRONE = Path(__file__).parents[1] / "examples" / "drone" / "rules.toml"
 TWO = """
@@ -83,8 +87,6 @@ def test_the_language_is_that_of_the_request_at_work() -> None:
     ],
 )
 def test_a_bad_message_file_is_refused_naming_the_field(text: str, says: str) -> None:
-    from functions.serving.settings import ConfigError
-
     with pytest.raises(ConfigError, match=says):
         Messages.parse(text, "mine.toml")
 
@@ -216,3 +218,25 @@ def test_where_the_fallback_has_nothing_to_say_the_models_are_asked_all_the_same
     assert end.report.source == "canned"
     guard.check(ask("land"))
     assert (slow.seen, guard.models()) == (["check"], [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_over_http_a_canned_answer_is_flagged_and_speaks_the_callers_language(stream: bool) -> None:
+    slow = Slow(took_s=0.2)
+    canned = CannedMessages(Messages.parse(TWO, "two.toml"))
+    guard = replace(guarded(slow), fallback=FirstOf([RulePlanner(read_rules(DRONE)), canned]))
+    sources(guard, 5)
+    site = Site.create("dispatcher", Common(node_id="n"))
+    app = create_base(site, site.drain)
+    add_routes(app, site, guard)
+    body = {"messages": user("why?"), "stream": stream}
+    reply = app.test_client().post("/v1/chat/completions", json=body, headers={"Accept-Language": "de"})
+    assert reply.status_code == 200
+    assert "Leider nicht." in reply.text
+    assert reply.headers["X-Edgecascade-Source"] == "canned"
+    assert reply.headers["X-Edgecascade-Reason"] == "latency"
+    assert reply.headers["X-Edgecascade-Degraded"] == "true"
+    form = {**body, "messages": user("land"), "stream": False, "response_format": {"type": "json_object"}}
+    planned = app.test_client().post("/v1/chat/completions", json=form).json
+    assert json.loads(planned["choices"][0]["message"]["content"]) == planned["edgecascade"]["frame"]
+    assert (planned["edgecascade"]["source"], slow.asked) == ("rules", 5)
