@@ -44,6 +44,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
+app.add_typer(rules_app, name="rules")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
@@ -270,6 +272,44 @@ def demo(as_json: Json = False) -> None:
         figures = run(client, material, console)
     if as_json:
         print(json.dumps(figures))
+
+
+@rules_app.command("check")
+def check_rules(
+    file: Annotated[Path, typer.Argument(help="A rule file, or a file of canned messages.")],
+    messages: Annotated[bool, typer.Option("--messages", help="It is one of canned messages.")] = False,
+) -> None:
+    """Check a file as the dispatcher does at its start: one sentence and status 1 if anything is wrong with it.
+
+    Examples: edgecascade rules check examples/drone/rules.toml
+              edgecascade rules check functions/dispatcher/canned.toml --messages
+    """
+    from functions.dispatcher.canned import read_messages
+    from functions.dispatcher.rules import read_rules
+
+    if messages:
+        found = read_messages(file)
+        print(f"{file}: {', '.join(found.by_language)}; {found.default_language} where the caller names none of them")
+        return
+    rules = read_rules(file).rules
+    print(f"{file}: {len(rules)} rules, {sum(len(rule.patterns) for rule in rules)} patterns, none ambiguous")
+
+
+@rules_app.command("try")
+def try_rules(
+    file: Annotated[Path, typer.Argument(help="A rule file.")],
+    text: Annotated[str, typer.Argument(help="What somebody says.")],
+) -> None:
+    """Say what the rules understand, as JSON; status 1 if that is nothing.
+
+    Example: edgecascade rules try examples/drone/rules.toml "take off to 20 metres, then land"
+    """
+    from functions.dispatcher.rules import read_rules
+
+    plan = read_rules(file).plan(text)
+    if plan is None:
+        _fail("the rules understand nothing of it, or not all of it")
+    print(json.dumps(plan.frame, ensure_ascii=False))
 
 
 @bench_app.command("grammar")

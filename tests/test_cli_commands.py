@@ -30,6 +30,8 @@ COMMANDS = [
     "bench load",
     "bench seal",
     "keys",
+    "rules check",
+    "rules try",
     "seal",
     "verify",
 ]

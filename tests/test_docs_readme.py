@@ -14,7 +14,7 @@ from deploy.local.plan import Site
 from deploy.stack import load
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 
 
 def shell_lines(page):
@@ -51,7 +51,7 @@ def test_each_make_line_names_a_target(words):
 
 
 def test_every_line_is_of_a_program_we_know():
-    known = {"edgecascade", "make", "curl", "pip", "faas-cli"}
+    known = {"edgecascade", "make", "curl", "pip", "faas-cli", "python", "mosquitto", "mosquitto_pub"}
     assert {Path(words[0]).name for page in PAGES for words in shell_lines(page)} <= known
 
 

@@ -1,0 +1,1 @@
+"""Answers given before, kept apart by tenant and for a bounded time."""
