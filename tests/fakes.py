@@ -19,6 +19,9 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from functions.dispatcher.app import create_app as create_dispatcher
 from functions.dispatcher.config import DispatcherConfig
+from functions.federation.app import PARTS
+from functions.federation.app import create_app as create_federation
+from functions.federation.config import FederationConfig
 from functions.serving.settings import Common, TierConfig
 from functions.serving.tier_app import create_tier_app, create_tier_server
 from models.errors import PromptError, PromptTooLongError
@@ -165,6 +168,22 @@ def dispatcher_app(device_url: str, edge_url: str, **changes: Any) -> Flask:
     """The dispatcher's app."""
     common = Common(node_id="site-1", **changes.pop("common", {}))
     return create_dispatcher(DispatcherConfig(device_url, edge_url, common=common, **changes))
+
+
+def federation_app(nodes: Mapping[str, str], **changes: Any) -> Flask:
+    """The federation's app; `federated` ends what it began."""
+    common = Common(node_id="site-2", **changes.pop("common", {}))
+    return create_federation(FederationConfig(nodes, common=common, **changes))
+
+
+@contextmanager
+def federated(nodes: Mapping[str, str], **changes: Any) -> Iterator[Flask]:
+    """A federation for the length of a block."""
+    app = federation_app(nodes, **changes)
+    try:
+        yield app
+    finally:
+        app.extensions[PARTS].stop()
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -1,6 +1,6 @@
 """One contract for every function that answers: bad input is refused in OpenAI's shape, naming the field.
 
-Each case runs against device, edge and dispatcher on real sockets, and after each the next request works.
+Each case runs against device, edge, dispatcher and federation on real sockets, and after each the next request works.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import FakeTier, card, dispatcher_app, http_client, schema_format, served, tier_app, tool, user
+from tests.fakes import FakeTier, card, dispatcher_app, federated, http_client, schema_format, served, tier_app, tool, user
 
 CHAT, TEXT, INVOKE = "/v1/chat/completions", "/v1/completions", "/"
 OK = {"messages": user("hi"), "skill": "assistant"}
@@ -29,10 +29,12 @@ def clients() -> Iterator[dict[str, httpx.Client]]:
     with ExitStack() as stack:
         urls = {name: stack.enter_context(served(tier_app(FakeTier(card(name))))) for name in ("device", "edge")}
         urls["dispatcher"] = stack.enter_context(served(dispatcher_app(urls["device"], urls["edge"])))
+        federation = stack.enter_context(federated({"near": urls["device"]}))
+        urls["federation"] = stack.enter_context(served(federation))
         yield {name: stack.enter_context(http_client(url)) for name, url in urls.items()}
 
 
-@pytest.fixture(params=["device", "edge", "dispatcher"])
+@pytest.fixture(params=["device", "edge", "dispatcher", "federation"])
 def client(request: pytest.FixtureRequest, clients: dict[str, httpx.Client]) -> httpx.Client:
     return clients[request.param]
 
@@ -325,7 +327,8 @@ def test_invoke_reads_what_curl_sends_by_default(client: httpx.Client) -> None:
 
 def test_the_openapi_document_covers_every_route(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
-    assert set(document["paths"]) == {
+    federations = {"/v1/state/events", "/v1/conversations/{conversation}", "/v1/deferred", "/v1/deferred/{id}"}
+    assert set(document["paths"]) - (federations if "federation" in document["info"]["title"] else set()) == {
         *(CHAT, TEXT, INVOKE, "/v1/models", "/v1/models/{name}"),
         *("/healthz", "/_/ready", "/metrics", "/openapi.json"),
     }
@@ -343,9 +346,9 @@ def test_metrics_carry_their_site_and_the_bucket_of_the_target(client: httpx.Cli
     assert all(line.startswith("edgecascade_") for line in series)
     for name in ("request", "queue", "network", "prefill", "decode", "time_to_first_token"):
         assert any(line.startswith(f"edgecascade_{name}_seconds_bucket") and 'le="0.08"' in line for line in series)
-    assert any(line.startswith("edgecascade_requests_total") and 'route="device"' in line for line in series) or any(
-        'route="edge"' in line for line in series
-    )
+    routes = ("device", "edge", "federation")
+    answered = [line for line in series if line.startswith("edgecascade_requests_total")]
+    assert any(f'route="{route}"' in line for line in answered for route in routes)
 
 
 def test_the_probes(client: httpx.Client) -> None:

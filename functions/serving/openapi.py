@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
@@ -35,18 +37,52 @@ _ERRORS = {
     "500": "something broke",
     "503": "not ready, or the deadline passed in the queue",
 }
+_KEPT_ERRORS = {
+    "403": "the request is local-only, and this route shares or keeps",
+    "409": "the id was used before for something else",
+    "410": "the conversation was deleted",
+}
 
 
-def document(name: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Extra:
+    """Routes that only one function has: its paths, and the models that they name."""
+
+    paths: Mapping[str, Any] = field(default_factory=dict)
+    requests: tuple[type[BaseModel], ...] = ()
+    replies: tuple[type[BaseModel], ...] = ()
+
+
+def operation(
+    summary: str, reply: type[BaseModel], request: type[BaseModel] | None = None, **parameters: str
+) -> dict[str, Any]:
+    """One method of a path. `parameters` are its texts by name; those of the path begin with `in_path_`."""
+    said: dict[str, Any] = {"summary": summary, "parameters": [_parameter(*pair) for pair in parameters.items()]}
+    if request is not None:
+        said["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
+    errors = {code: _response(text, ErrorReply) for code, text in {**_ERRORS, **_KEPT_ERRORS}.items()}
+    return {**said, "responses": {"200": _response("as asked", reply), **errors}}
+
+
+def document(name: str, extra: Extra | None = None) -> dict[str, Any]:
     """The document of the function called `name`."""
-    wanted = [(model, "validation") for model in _REQUESTS] + [(model, "serialization") for model in _REPLIES]
+    extra = extra or Extra()
+    wanted = [(model, "validation") for model in (*_REQUESTS, *extra.requests)]
+    wanted += [(model, "serialization") for model in (*_REPLIES, *extra.replies)]
     _, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     return {
         "openapi": "3.1.0",
         "info": {"title": f"edgecascade {name}", "version": "1", "description": "OpenAI-compatible, with extensions."},
-        "paths": {**_answer_paths(), **_model_paths(), **_status_paths()},
+        "paths": {**_answer_paths(), **_model_paths(), **_status_paths(), **extra.paths},
         "components": {"schemas": schemas["$defs"]},
     }
+
+
+def _parameter(name: str, description: str) -> dict[str, Any]:
+    in_path = name.startswith("in_path_")
+    where = {"in": "path", "required": True} if in_path else {"in": "query"}
+    schema = {"type": "string"}
+    return {"name": name.removeprefix("in_path_"), **where, "description": description, "schema": schema}
 
 
 def _answer_paths() -> dict[str, Any]:

@@ -48,7 +48,7 @@ class HeaderFields:
 
 def chat(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
     """Read `POST /v1/chat/completions`."""
-    request = _validated(ChatRequest, body)
+    request = validated(ChatRequest, body)
     wanted = (request.top_logprobs or 0) if request.logprobs else None
     return Ask(
         Shape.CHAT,
@@ -65,7 +65,7 @@ def chat(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
 
 def completion(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
     """Read `POST /v1/completions`."""
-    request = _validated(CompletionRequest, body)
+    request = validated(CompletionRequest, body)
     return Ask(
         Shape.COMPLETION,
         skill=request.skill or CHAT,
@@ -79,7 +79,7 @@ def completion(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
 
 def invoke(body: Mapping[str, Any], headers: HeaderFields, default_skill: str) -> Ask:
     """Read `POST /` with a JSON body."""
-    request = _validated(InvokeRequest, body)
+    request = validated(InvokeRequest, body)
     text = request.text if request.text is not None else request.prompt
     return Ask(
         Shape.INVOKE,
@@ -146,12 +146,13 @@ def _deadline(text: str) -> float | None:
     return value / 1e3
 
 
-def _validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
+def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:
+    """Read a body as `schema` has it; raises `RefusedError` naming the field."""
     try:
         return schema.model_validate(body)
     except ValidationError as error:
         param, message = _blame(error, body)
-        param = param or _WHOLE_MODEL[schema.__name__]
+        param = param or _WHOLE_MODEL.get(schema.__name__, "body")
         raise _refused(f"{param}: {message}", param) from None
 
 

@@ -48,6 +48,16 @@ POWER_KEYS = (
     "POWER_INA219_ADDRESS",
     "POWER_INA219_SHUNT_OHMS",
 )
+FEDERATION_KEYS = (
+    "FEDERATION_NODES",
+    "FEDERATION_QUORUM",
+    "FEDERATION_STATE_PATH",
+    "FEDERATION_REDIS_URL",
+    "FEDERATION_MQTT_URL",
+    "FEDERATION_MAX_EVENTS",
+    "FEDERATION_RETENTION_S",
+    "FEDERATION_DEFERRED_LIMIT",
+)
 # Read by other parts of the bundle that run in the same environment.
 FOREIGN_KEYS = (
     "DEVICE_KEY_FILE",
@@ -61,8 +71,8 @@ FOREIGN_KEYS = (
 )
 
 _OURS = re.compile(
-    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXECUTION_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)"
-    r"|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXECUTION_|FEDERATION_|MAX_BODY|MAX_INFLIGHT"
+    r"|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -80,7 +90,7 @@ class Environment:
 
     def check_names(self) -> None:
         """Raise `ConfigError` for a key that looks like ours and is not."""
-        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
+        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *FEDERATION_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
         for key in sorted(self.values):
             if key not in known and _OURS.match(key) and not _SERVICE_LINK.match(key):
                 raise ConfigError(f"{key} is not a setting of edgecascade; known are {', '.join(sorted(known))}")

@@ -39,13 +39,13 @@ class Site:
         return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain())
 
 
-def create_base(site: Site, lifecycle: Lifecycle) -> Flask:
-    """An app with the routes that say how the function is, and with its error handlers."""
+def create_base(site: Site, lifecycle: Lifecycle, extra: openapi.Extra | None = None) -> Flask:
+    """An app with the routes that say how the function is, and with its error handlers; `extra`: what else it has."""
     app = Flask(site.name, static_folder=None)
     app.extensions[EXTENSION] = site
     app.url_map.strict_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    _add_status_routes(app, site, lifecycle)
+    _add_status_routes(app, site, lifecycle, openapi.document(site.name, extra))
     _add_error_handlers(app, site)
     return app
 
@@ -57,9 +57,7 @@ def log_failure(error: BaseException) -> None:
     _LOG.error("%s at %s", type(error).__name__, places)
 
 
-def _add_status_routes(app: Flask, site: Site, lifecycle: Lifecycle) -> None:
-    document = openapi.document(site.name)
-
+def _add_status_routes(app: Flask, site: Site, lifecycle: Lifecycle, document: dict[str, Any]) -> None:
     @app.get("/healthz")
     def healthz() -> Any:
         return jsonify(status="ok")

@@ -1,0 +1,1 @@
+"""What the nodes of a federation share: an append-only log that all read in one order."""
