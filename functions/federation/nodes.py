@@ -25,6 +25,10 @@ _REPLY_BYTES = 4 << 20
 _CONNECT_S = 1.0
 _DESCRIBE_S = 1.0
 _MODEL = "auto"  # any node understands it, whether a tier or a dispatcher answers there
+# Kept back from a time limit that is handed on, so that the answer arrives within ours.
+_RETURN_SHARE = 0.05
+_RETURN_MAX_S = 0.05
+_LATE_S = 5.0  # the election ends first; this ends what nobody cancelled
 _REFUSALS = range(400, 500)
 _BUSY = frozenset({429, 503})
 
@@ -57,7 +61,7 @@ class AskTier(Protocol):
         """What votes, metrics and logs call it."""
 
     async def ask(self, ask: Ask, remaining_s: float) -> NodeReply:
-        """Get its vote within `remaining_s`; raises `NodeFailedError` or `RefusedError`."""
+        """Get its vote, of use for `remaining_s`; raises `NodeFailedError` or `RefusedError`."""
 
     async def describe(self) -> ModelFacts | None:
         """What it can do; None when it does not say."""
@@ -99,7 +103,7 @@ class HttpTier:
     def _request(self, ask: Ask, remaining_s: float) -> httpx.Request:
         path, body = request_of(ask)
         headers = {
-            DEADLINE_HEADER: f"{1e3 * remaining_s:.3f}",
+            DEADLINE_HEADER: f"{1e3 * kept_back(remaining_s):.3f}",
             "Content-Type": "application/json",
             "Accept": "application/json",
         }
@@ -108,8 +112,13 @@ class HttpTier:
             self.url + path,
             content=json.dumps(body, ensure_ascii=False).encode(),
             headers=headers,
-            timeout=httpx.Timeout(remaining_s, connect=min(_CONNECT_S, remaining_s)),
+            timeout=httpx.Timeout(remaining_s + _LATE_S, connect=_CONNECT_S),
         )
+
+
+def kept_back(limit_s: float) -> float:
+    """The time limit to hand on where this one is ours, seconds."""
+    return max(1e-3, limit_s - min(_RETURN_MAX_S, _RETURN_SHARE * limit_s))
 
 
 def request_of(ask: Ask) -> tuple[str, dict[str, Any]]:

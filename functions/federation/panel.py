@@ -8,14 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from functions.federation.nodes import AskTier, NodeFailedError, NodeReply
+from functions.federation.nodes import AskTier, NodeFailedError, NodeReply, kept_back
 from functions.serving.ask import Ask
 from functions.serving.errors import RefusedError
 from routing.votes import Election, Outcome
-
-# Kept back from a node's deadline, so that its answer arrives within ours.
-_RETURN_SHARE = 0.05
-_RETURN_MAX_S = 0.05
 
 
 @dataclass
@@ -45,9 +41,9 @@ async def ask_all(
     Whoever is still at work then is cancelled.
     """
     began = time.monotonic()
-    limit_s = _kept_back(expires - began)
+    limit_s = kept_back(expires - began)
     heard = Heard(Election(reliability, quorum))
-    tasks = {asyncio.create_task(node.ask(ask, _kept_back(limit_s))): node.name for node in nodes}
+    tasks = {asyncio.create_task(node.ask(ask, limit_s)): node.name for node in nodes}
     waiting = set(tasks)
     try:
         while (outcome := heard.election.outcome()) is None:
@@ -65,10 +61,6 @@ async def ask_all(
     assert outcome is not None, "an election that expired has an outcome"  # noqa: S101  # a bug, not bad input
     heard.outcome, heard.seconds = outcome, time.monotonic() - began
     return heard
-
-
-def _kept_back(limit_s: float) -> float:
-    return max(1e-3, limit_s - min(_RETURN_MAX_S, _RETURN_SHARE * limit_s))
 
 
 def _hear(heard: Heard, node: str, task: asyncio.Task[NodeReply]) -> None:
