@@ -172,7 +172,7 @@ def dispatcher_app(device_url: str, edge_url: str, **changes: Any) -> Flask:
 
 def federation_app(nodes: Mapping[str, str], **changes: Any) -> Flask:
     """The federation's app; `federated` ends what it began."""
-    common = Common(node_id="site-2", **changes.pop("common", {}))
+    common = Common(**{"node_id": "site-2", **changes.pop("common", {})})
     return create_federation(FederationConfig(nodes, common=common, **changes))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,49 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class Broker:
+    """An MQTT broker without passwords."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        found = program(BROKERS)
+        config = folder / "broker.conf"
+        config.write_text(_MOSQUITTO if "mosquitto" in Path(found).name else _AMQTT)
+        config.write_text(config.read_text("utf-8").format(port=self.port))
+        self._words = [found, "-c", str(config)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; returns when it takes connections."""
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._words, stdout=quiet, stderr=quiet)
+
+        def answers() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, "the broker ended"
+            with closing(socket.socket()) as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+        wait_until(answers, timeout_s=60)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+_MOSQUITTO = "listener {port} 127.0.0.1\nallow_anonymous true\n"
+_AMQTT = """
+listeners:
+  default:
+    type: tcp
+    bind: 127.0.0.1:{port}
+plugins:
+  amqtt.plugins.authentication.AnonymousAuthPlugin:
+    allow_anonymous: true
+"""

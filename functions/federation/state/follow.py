@@ -10,7 +10,7 @@ from functions.federation.errors import StoreError
 from functions.federation.state.log import DELETED, StateLog
 
 _PAGE = 100
-_WAIT_S = 5.0
+_WAIT_S = 1.0
 _AGAIN_S = 1.0
 _LOG = logging.getLogger(__name__)
 
