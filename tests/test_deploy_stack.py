@@ -12,7 +12,7 @@ from deploy.stack import load, parse, substitute
 
 ROOT = Path(__file__).parents[1]
 SITE = Site(Path("/repo"), Path("/repo/var"))
-PORTS = {"dispatcher": 5001, "device": 5002, "edge": 5003}
+PORTS = {"dispatcher": 5001, "device": 5002, "edge": 5003, "federation": 5004}
 
 
 @pytest.fixture
@@ -60,15 +60,17 @@ def test_a_missing_stack_is_one_sentence(tmp_path):
 def test_only_keeps_the_named_functions_and_refuses_strangers(stack):
     assert list(stack.only(("device",)).functions) == ["device"]
     assert stack.only(()).functions == stack.functions
-    with pytest.raises(StackError, match="no function 'cloud'; it has dispatcher, device, edge"):
+    with pytest.raises(StackError, match="no function 'cloud'; it has dispatcher, device, edge, federation"):
         stack.only(("cloud",))
 
 
 def test_functions_find_each_other_and_their_models_on_this_machine(stack):
     made = {c.name: c for c in commands(stack, PORTS, 8080, SITE, {"PATH": "/bin", "AWS_SECRET": "s"})}
-    assert list(made) == ["dispatcher", "device", "edge", "gateway"]
+    assert list(made) == ["dispatcher", "device", "edge", "federation", "gateway"]
     assert made["dispatcher"].environment["DEVICE_URL"] == "http://127.0.0.1:5002"
     assert made["dispatcher"].environment["EDGE_URL"] == "http://127.0.0.1:5003"
+    assert made["federation"].environment["FEDERATION_NODES"] == "device=http://127.0.0.1:5002"
+    assert made["federation"].environment["FEDERATION_STATE_PATH"] == "/repo/var/federation"
     assert made["device"].environment["MODEL_PATH"] == "/repo/models/tiers/device"
     assert made["edge"].environment["MODEL_PATH"] == "/repo/var/edge"
     assert made["gateway"].environment["GATEWAY_ROUTES"].startswith("dispatcher=http://127.0.0.1:5001,")
@@ -85,6 +87,15 @@ def test_a_peer_elsewhere_stays_elsewhere_and_one_left_out_is_asked_through_the_
     near = load(ROOT / "stack.yml", {})
     made = function_command(near.functions["dispatcher"], {"dispatcher": 5001}, 8080, SITE, {})
     assert made.environment["EDGE_URL"] == "http://127.0.0.1:8080/function/edge"
+
+
+def test_each_peer_of_a_list_is_found():
+    cluster = "http://gateway.openfaas.svc.cluster.local:8080/function"
+    nodes = f"a={cluster}/device,b=http://headset:8080,c={cluster}/elsewhere"
+    stack = load(ROOT / "stack.yml", {"FEDERATION_NODES": nodes})
+    made = function_command(stack.functions["federation"], PORTS, 8080, SITE, {})
+    here = "a=http://127.0.0.1:5002,b=http://headset:8080,c=http://127.0.0.1:8080/function/elsewhere"
+    assert made.environment["FEDERATION_NODES"] == here
 
 
 def test_a_command_without_a_socket_is_refused():
@@ -128,7 +139,7 @@ def copied(dockerfile: str):
             yield from words[1:-1]
 
 
-@pytest.mark.parametrize("name", ["dispatcher", "device", "edge"])
+@pytest.mark.parametrize("name", ["dispatcher", "device", "edge", "federation"])
 def test_what_a_dockerfile_copies_is_in_its_build_context(stack, name):
     """faas-cli makes the context of the handler's folder and each path of `configuration.copy`, under its own name."""
     function = stack.functions[name]
@@ -142,7 +153,7 @@ def test_what_a_dockerfile_copies_is_in_its_build_context(stack, name):
             assert (ROOT / source).exists()
 
 
-@pytest.mark.parametrize("name", ["dispatcher", "device", "edge"])
+@pytest.mark.parametrize("name", ["dispatcher", "device", "edge", "federation"])
 def test_images_run_the_watchdog_as_an_ordinary_user_with_the_model_where_stack_yml_says(stack, name):
     function = stack.functions[name]
     dockerfile = (ROOT / function.handler / "Dockerfile").read_text("utf-8")

@@ -83,6 +83,7 @@ def test_the_folders_that_running_md_names_are_those_of_the_code():
     documented = (ROOT / "docs" / "running.md").read_text("utf-8")
     site = Site(Path(), Path("var"))
     for inside, here in site.folders.items():
-        assert f"`MODEL_PATH: {inside}` | `{here}`" in documented
-    paths = {f.environment.get("MODEL_PATH") for f in load(ROOT / "stack.yml", {}).functions.values()}
+        assert re.search(rf"`\w+_PATH: {inside}` \| `{here}`", documented)
+    functions = load(ROOT / "stack.yml", {}).functions.values()
+    paths = {f.environment.get(key) for f in functions for key in ("MODEL_PATH", "FEDERATION_STATE_PATH")}
     assert paths - {None} == set(site.folders)

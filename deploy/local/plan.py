@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from deploy.errors import StackError
 from deploy.stack import Function, Stack
@@ -23,6 +23,8 @@ WATCHDOG_KEYS = frozenset(
 PASSED_ON = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "SSL_CERT_FILE", "EDGECASCADE_HOME"}
 )
+# The address of a function, alone or in a list of them.
+_PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 GATEWAY_COMMAND = (
     "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 96 --keep-alive 75 "
     "--graceful-timeout 60 --timeout 120 --no-control-socket deploy.local.gateway:create_app()"
@@ -47,10 +49,11 @@ class Site:
 
     @property
     def folders(self) -> Mapping[str, Path]:
-        """Each model folder of the images, and where it lies here."""
+        """Each folder of the images that functions are told of, and where it lies here."""
         return {
             "/home/app/tiers/device": self.root / "models" / "tiers" / "device",
             "/home/app/tiers/edge": self.home / "edge",
+            "/tmp/federation": self.home / "federation",  # noqa: S108  # in the image; here it is another folder
         }
 
 
@@ -96,13 +99,12 @@ def _words(name: str, fprocess: str) -> tuple[str, ...]:
 
 
 def _local(value: str, ports: Mapping[str, int], gateway_port: int, site: Site) -> str:
-    """A model folder of the image or a peer behind the cluster's gateway becomes the one on this machine."""
+    """A folder of the image or peers behind the cluster's gateway become those on this machine."""
     if value in site.folders:
         return str(site.folders[value])
-    parts = urlsplit(value)
-    if parts.hostname != IN_CLUSTER_GATEWAY or not parts.path.startswith("/function/"):
-        return value
-    name, _, rest = parts.path.removeprefix("/function/").partition("/")
-    if name in ports:
-        return f"http://127.0.0.1:{ports[name]}" + (f"/{rest}" if rest else "")
-    return f"http://127.0.0.1:{gateway_port}{parts.path}"
+
+    def here(found: re.Match[str]) -> str:
+        name = found["name"]
+        return f"http://127.0.0.1:{ports[name]}" if name in ports else f"http://127.0.0.1:{gateway_port}/function/{name}"
+
+    return _PEER.sub(here, value)
