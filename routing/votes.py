@@ -82,7 +82,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an election ended. `reason`: decided, all_voted, deadline, no_quorum or no_votes (then there is no result)."""
+    """How an election ended. `reason`: decided, all_voted, deadline, no_quorum, or no_votes, which has no result."""
 
     result: Result | None
     reason: str

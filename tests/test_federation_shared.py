@@ -60,9 +60,7 @@ def test_append_and_read_on(client: FlaskClient) -> None:
 def test_a_reader_waits_for_what_comes(client: FlaskClient) -> None:
     pages: queue.Queue[dict[str, Any]] = queue.Queue()
     other = client.application.test_client()
-    reader = threading.Thread(
-        target=lambda: pages.put(read(other, wait_ms=25_000, conversation="mine")), daemon=True
-    )
+    reader = threading.Thread(target=lambda: pages.put(read(other, wait_ms=25_000, conversation="mine")), daemon=True)
     reader.start()
     client.post(EVENTS, json=event("a", "yours"))
     client.post(EVENTS, json=event("b", "mine"))

@@ -13,6 +13,7 @@ import pytest
 from functions.federation.errors import ConflictError, DeletedError, StoreError
 from functions.federation.state.log import DELETED, Bounds, Event, StateLog
 from functions.federation.state.sqlite import SqliteLog
+from tests.fakes import wait_until
 from tests.servers import RedisServer
 
 Make = Callable[..., StateLog]
@@ -236,6 +237,25 @@ def test_a_killed_redis_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
         assert list(log.read(0, 100).entries) == acknowledged
         again, new = log.append(replace(event(50)))
         assert (again.sequence, new) == (51, True)
+    finally:
+        log.close()
+        server.kill()
+
+
+def test_deleted_text_leaves_the_servers_file_too(tmp_path: Path) -> None:
+    from functions.federation.state.redis import RedisLog
+
+    def written() -> bool:
+        return any(b"xyzzy-canary" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    server = RedisServer(tmp_path)
+    server.start()
+    log = RedisLog(server.url, Bounds())
+    try:
+        log.append(event(1, "mine", '"xyzzy-canary"'))
+        assert written()
+        log.delete("mine")
+        wait_until(lambda: not written())
     finally:
         log.close()
         server.kill()

@@ -13,7 +13,18 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import FakeTier, card, dispatcher_app, federated, http_client, schema_format, served, tier_app, tool, user
+from tests.fakes import (
+    FakeTier,
+    card,
+    dispatcher_app,
+    federated,
+    http_client,
+    schema_format,
+    served,
+    tier_app,
+    tool,
+    user,
+)
 
 CHAT, TEXT, INVOKE = "/v1/chat/completions", "/v1/completions", "/"
 OK = {"messages": user("hi"), "skill": "assistant"}

@@ -191,6 +191,14 @@ def test_a_full_node_is_none_that_lies() -> None:
         assert series(client, "edgecascade_votes_total")["outcome=busy,peer=node-2"] == 1
 
 
+def test_a_gateway_that_lost_its_function_speaks_for_no_node() -> None:
+    lost = odd_node(
+        lambda: Response('{"error": {"message": "no such function"}}', 404, {"X-OpenFaaS-Internal": "gateway"})
+    )
+    with served(lost) as url, voting(url, url) as client:
+        assert ask(client).json["error"]["code"] == "no_votes"
+
+
 GOOD = {
     "model": "m",
     "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}],
@@ -243,7 +251,10 @@ def test_a_frame_of_another_shape_is_one_more_opinion() -> None:
 
 def test_local_only_is_refused_and_no_byte_leaves() -> None:
     with silent_node() as (url, asked, _), voting(url) as client:
-        for local in ({"json": {"messages": user("hi"), "local_only": True}}, {"headers": {"X-Data-Class": "local-only"}}):
+        for local in (
+            {"json": {"messages": user("hi"), "local_only": True}},
+            {"headers": {"X-Data-Class": "local-only"}},
+        ):
             reply = client.post(CHAT, **{"json": {"messages": user("hi")}, **local})
             assert (reply.status_code, reply.json["error"]["code"]) == (403, "local_only")
         reply = client.post("/", data=b"hi", headers={"X-Data-Class": "local-only"})

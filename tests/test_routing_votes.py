@@ -189,7 +189,7 @@ def test_it_is_not_decided_later_than_it_could_be(
     if before.outcome() is not None or not before.ballots:
         return
     (node,) = before.pending
-    seen = [ballot for ballot in before.ballots]
+    seen = list(before.ballots)
     said = [Ballot(node, b.head, {**b.fields, **change}, 1.0) for b in seen for change in _changes(seen)]
     said += [Ballot(node, head, {}, 1.0) for head in ("", "~")]
     ends = {repr(decision(before.cast(ballot).outcome())) for ballot in said}  # type: ignore[arg-type]

@@ -105,6 +105,8 @@ def _local(value: str, ports: Mapping[str, int], gateway_port: int, site: Site) 
 
     def here(found: re.Match[str]) -> str:
         name = found["name"]
-        return f"http://127.0.0.1:{ports[name]}" if name in ports else f"http://127.0.0.1:{gateway_port}/function/{name}"
+        return (
+            f"http://127.0.0.1:{ports[name]}" if name in ports else f"http://127.0.0.1:{gateway_port}/function/{name}"
+        )
 
     return _PEER.sub(here, value)

@@ -30,7 +30,7 @@ class FederationConfig:
     state_path: Path | None = None
     redis_url: str = field(default="", repr=False)
     mqtt_url: str = field(default="", repr=False)
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
     deferred_limit: int = 1000
     common: Common = field(default_factory=Common)
 

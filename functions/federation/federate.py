@@ -8,7 +8,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, TimeoutError as NotYetError
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYetError
 
 from functions.federation.loop import Loop
 from functions.federation.nodes import AskTier, NodeReply

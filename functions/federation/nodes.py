@@ -31,6 +31,8 @@ _RETURN_MAX_S = 0.05
 _LATE_S = 5.0  # the election ends first; this ends what nobody cancelled
 _REFUSALS = range(400, 500)
 _BUSY = frozenset({429, 503})
+# A gateway says this where it could not reach the function behind it.
+_GATEWAYS_OWN = "X-OpenFaaS-Internal"
 
 
 class NodeFailedError(Exception):
@@ -88,6 +90,8 @@ class HttpTier:
             raise NodeFailedError("timeout") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise NodeFailedError("unreachable") from error
+        if _GATEWAYS_OWN in response.headers:
+            raise NodeFailedError("unreachable")
         _check(response.status_code, body)
         network = NetworkBytes(sent=_request_bytes(request), received=_response_bytes(response))
         return read_reply(self.name, ask, body, network)

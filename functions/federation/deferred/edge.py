@@ -13,6 +13,8 @@ from functions.serving.parse import DEADLINE_HEADER
 
 _CONNECT_S = 2.0
 _REFUSALS = range(400, 500)
+# A gateway says this where it could not reach the function behind it.
+_GATEWAYS_OWN = "X-OpenFaaS-Internal"
 # These say nothing of the question: a gateway's time-out, a lock, too early, too many.
 _LATER = frozenset({408, 409, 423, 425, 429})
 
@@ -56,6 +58,8 @@ class HttpEdge:
             body = response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise NotNowError from error
+        if _GATEWAYS_OWN in response.headers:
+            raise NotNowError
         return _read(response.status_code, body)
 
 

@@ -73,7 +73,7 @@ class Forwarder:
             try:
                 went = self.forward_one()
             except StoreError as error:
-                _LOG.error("deferred questions wait: %s", error)  # noqa: TRY400  # the sentence says it
+                _LOG.error("deferred questions wait: %s", error)  # the sentence says it
                 went = False
             if went is None:
                 tries = 0

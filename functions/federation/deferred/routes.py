@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from functions.federation.errors import DeletedError
 from functions.federation.kept import Door, Name, local_only
 from functions.federation.state.log import StateLog
 from functions.serving import body
+from functions.serving.ask import Ask
 from functions.serving.errors import RefusedError
 from functions.serving.openapi import Extra, operation
 from functions.serving.parse import HeaderFields, chat, validated
@@ -52,7 +54,7 @@ class DeferredDesk:
     store: DeferredStore
     log: StateLog
     has_edge: bool
-    wake: Any
+    wake: Callable[[], None]
 
     def add(self, asked: DeferredRequest) -> DeferredReply:
         """Keep a question."""
@@ -104,7 +106,7 @@ def extra() -> Extra:
     return Extra(paths, (DeferredRequest,), (DeferredReply,))
 
 
-def _parsed(given: dict[str, Any]) -> Any:
+def _parsed(given: dict[str, Any]) -> Ask:
     """Refuse now what the edge would refuse for its form; the field is named as the caller wrote it."""
     try:
         return chat(given, HeaderFields())

@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Record:
-    """A question and how it stands; `answer` is JSON text, empty while there is none; `at`: since when, Unix seconds."""
+    """A question and how it stands since `at`, Unix seconds; `answer` is JSON text, empty while there is none."""
 
     question: Question
     status: str

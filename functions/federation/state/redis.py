@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -151,7 +151,11 @@ class RedisLog:
     def delete(self, conversation: str) -> int:
         """See `StateLog`; looks at every event, since this is rare and writing is not."""
         with _translated():
-            return int(self._run(self._delete, self._clock(), *_arguments(marker(conversation))))
+            gone = int(self._run(self._delete, self._clock(), *_arguments(marker(conversation))))
+            # The server's file holds what was deleted until it is written anew; it may not let us, or be at it already.
+            with suppress(redis.ResponseError):
+                self._client.bgrewriteaof()
+        return gone
 
     def close(self) -> None:
         """See `StateLog`."""
