@@ -54,9 +54,10 @@ def create_app(config: FederationConfig | None = None) -> Flask:
     app.extensions[PARTS] = parts
     add_routes(app, site, parts.federation)
     door = Door()
-    state_routes.add_state_routes(app, site, parts.state_desk(config.common.node_id), door)
+    state_desk = parts.state_desk(config.common.node_id)
+    state_routes.add_state_routes(app, site, state_desk, door)
     deferred_routes.add_deferred_routes(app, site, parts.deferred_desk(), door)
-    site.metrics.add(Series(parts.federation.standings, parts.announce, parts.store, parts.forwarder).collect)
+    site.metrics.add(parts.series(state_desk).collect)
     parts.start()
     return app
 
@@ -116,6 +117,10 @@ class Parts:
         """What the routes of store and forward need."""
         wake = self.forwarder.wake if self.forwarder else lambda: None
         return deferred_routes.DeferredDesk(self.store, self.log, self.forwarder is not None, wake)
+
+    def series(self, desk: state_routes.StateDesk) -> Series:
+        """What is measured beside what every function measures."""
+        return Series(self.federation.standings, self.announce, self.store, self.forwarder, desk.waiters)
 
     def start(self) -> None:
         """Begin what runs beside the requests."""

@@ -13,6 +13,7 @@ from functions.federation.deferred.forward import Forwarder
 from functions.federation.deferred.store import DeferredStore
 from functions.federation.errors import StoreError
 from functions.federation.federate import Standings
+from functions.serving.admission import Gate
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Series:
     announce: Announce
     store: DeferredStore
     forwarder: Forwarder | None
+    waiters: Gate
 
     def collect(self, labels: Mapping[str, str]) -> Iterator[Metric]:
         """The series, each with `labels` and its own."""
@@ -43,6 +45,11 @@ class Series:
         for outcome, count in self.announce.outcomes.items():
             told.add_metric([*values, outcome], count)
         yield told
+        waiting = GaugeMetricFamily(
+            "edgecascade_waiting_readers", "Readers of the shared log that wait for an event.", labels=names
+        )
+        waiting.add_metric(values, self.waiters.inflight)
+        yield waiting
         kept = GaugeMetricFamily("edgecascade_deferred_questions", "Kept questions.", labels=[*names, "status"])
         for status, count in self._kept().items():
             kept.add_metric([*values, status], count)

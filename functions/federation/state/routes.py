@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flask import Flask, Response, request
@@ -83,6 +83,7 @@ class StateDesk:
     announce: Announce
     forget: Callable[[str], int]
     node_id: str
+    waiters: Gate = field(default_factory=lambda: Gate(_MOST_WAITING, 0))
 
     def append(self, asked: EventRequest) -> AppendReply:
         """Append an event and announce it."""
@@ -110,7 +111,6 @@ class StateDesk:
 
 def add_state_routes(app: Flask, site: Site, desk: StateDesk, door: Door) -> None:
     """Add `/v1/state/events` and `DELETE /v1/conversations/{conversation}` to an app."""
-    waiters = Gate(_MOST_WAITING, 0)
 
     @app.post("/v1/state/events")
     def append() -> Response:
@@ -126,7 +126,7 @@ def add_state_routes(app: Flask, site: Site, desk: StateDesk, door: Door) -> Non
             page = desk.log.read(after, limit, conversation)
         wait_s = _number("wait_ms", 0, 0, MAX_WAIT_MS) / 1e3
         if wait_s and not page.entries:
-            with waiters.admitted(time.monotonic()):
+            with desk.waiters.admitted(time.monotonic()):
                 page = _awaited(page, limit, conversation, time.monotonic() + wait_s)
         events = [EventReply(**_fields(entry)) for entry in page.entries]
         return _json(EventsReply(events=events, upto=page.upto, trimmed=page.trimmed))
