@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from functions.federation.app import create_app
 from functions.federation.config import FederationConfig
 from functions.serving.settings import FEDERATION_KEYS, ConfigError
 
@@ -77,6 +79,23 @@ def test_a_mistake_is_named(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=key) as error:
         FederationConfig.from_environment({**NODES, key: value})
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "library"),
+    [
+        ("FEDERATION_REDIS_URL", "redis://127.0.0.1:1", "redis"),
+        ("FEDERATION_MQTT_URL", "mqtt://127.0.0.1:1", "paho.mqtt"),
+    ],
+)
+def test_a_server_whose_library_is_missing_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, key: str, url: str, library: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "functions.federation.state.redis", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    config = FederationConfig.from_environment({**NODES, key: url})
+    with pytest.raises(ConfigError, match=rf"{key} is set, but its library is missing"):
+        create_app(config)
 
 
 def test_every_setting_is_documented() -> None:

@@ -79,12 +79,13 @@ class Parts:
     @classmethod
     def create(cls, config: FederationConfig) -> Parts:
         """Make the parts; nothing runs yet."""
+        announce = _announcer(config)
         try:
-            store = DeferredStore(_file(config, "deferred.sqlite"), config.deferred_limit, config.bounds.retention_s)
             log = _log(config)
+            store = DeferredStore(_file(config, "deferred.sqlite"), config.deferred_limit, config.bounds.retention_s)
         except StoreError as error:
             raise ConfigError(f"FEDERATION_STATE_PATH: {error}") from error
-        loop, announce = Loop(), _announcer(config)
+        loop = Loop()
         nodes = _client(config.common.max_inflight * len(config.nodes))
         tiers = tuple(HttpTier(name, url, nodes) for name, url in config.nodes.items())
         edge = httpx.Client(trust_env=False) if config.edge_url else None

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from functions.federation.errors import StoreError
 
-MEMORY = ""
 _BUSY_S = 2.0
 
 
