@@ -70,7 +70,7 @@ class Headset:
     def look(self) -> World:
         """Read on to the end of the log."""
         while True:
-            query = {"after": self.world.upto, "conversation": self._room}
+            query: dict[str, str | int] = {"after": self.world.upto, "conversation": self._room}
             reply = self._http.get("/v1/state/events", params=query).raise_for_status().json()
             for event in reply["events"]:
                 self.world.take(event)
