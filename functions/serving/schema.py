@@ -31,6 +31,16 @@ MAX_TOKENS = 8192
 MAX_DEADLINE_MS = 3_600_000.0
 MAX_DRAFT = 16_384
 
+Draft = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=MAX_DRAFT,
+        description="What the answer may begin with, such as a smaller model's answer: the model reads it along and "
+        "writes on from where it disagrees, which takes less time. Of no use to skills, whose frames are not written.",
+    ),
+]
+
 _CHAT = (None, "chat")
 _NOTHING: tuple[Any, ...] = (None,)
 
@@ -139,15 +149,7 @@ class Common(Strict):
 class OpenAiCommon(Common):
     """What chat and text completions share of OpenAI's schema."""
 
-    edgecascade_draft: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=MAX_DRAFT,
-            description="What the answer may begin with, such as a smaller model's answer: the model reads it along "
-            "and writes on from where it disagrees, which takes less time. Skills make nothing of it.",
-        ),
-    ] | None = None
+    edgecascade_draft: Draft | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

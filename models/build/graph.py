@@ -2,9 +2,9 @@
 
 The graph reads fp32 embeddings `x` (B, T, C) of B sequences and extends static key-value buffers in place; it gives
 `hidden` (B, T, C), normalised, and, if it has the vocabulary head, `logits` of the positions from `logits_from` on
-(−1: the last one only). Each sequence has a `last_position` of its own. onnxruntime's attention takes B > 1 for T = 1 only. A span that does not end the
-model hands its residual stream on as `carried`. Weights are initializers named as in `models.artifact.names`, to be
-handed in when a session is made.
+(−1: the last one only). Each sequence has a `last_position` of its own. onnxruntime's attention takes B > 1 for T = 1
+only. A span that does not end the model hands its residual stream on as `carried`. Weights are initializers named as in
+`models.artifact.names`, to be handed in when a session is made.
 """
 
 from __future__ import annotations

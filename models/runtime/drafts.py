@@ -162,7 +162,7 @@ class ReadAhead:
         self._guide, self._most_tokens = guide, most_tokens
         self._said: list[int] = []
         self._ahead: Sequence[int] = ()  # read, but not said yet
-        self._rows: Floats = np.zeros((0, 0), np.float32)  # after what was said, and after each of those
+        self._rows: Sequence[Floats] = ()  # logits after what was said, and after each of those
         self._proposer: Proposer | None = None
 
     def step(self, new: Sequence[int]) -> Floats:
@@ -182,7 +182,7 @@ class ReadAhead:
         if self._proposer is None:
             return self._sequence.logits(new)
         self._proposer.proposed += len(self._ahead)
-        self._rows = self._sequence.verify(new, self._ahead)
+        self._rows = list(self._sequence.verify(new, self._ahead))
         return self._rows[0]
 
     def _guess(self, n_new: int) -> tuple[Proposer | None, Sequence[int]]:

@@ -46,6 +46,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 CHUNK = 256
 """Tokens that go through the model at once; a longer prompt goes in pieces, so that memory stays bounded."""
+TILE = 16
+"""onnxruntime's attention takes queries in tiles of twice the head's width, which is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class EngineOptions:
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used.
 
-    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` no pass reads one token
-    alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a
-    little more, and passes are not shared.
+    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` none reads a token alone,
+    so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little more,
+    and passes are not shared.
     """
 
     threads: int = 2
@@ -463,7 +465,7 @@ class TokenSequence:
             self._recall(ids)
         left = [*ids[self.length if begins else 0 :], *draft]
         found: list[Floats] = []
-        for chunk in chunks(left, self.gone):
+        for chunk in self._pieces(left):
             left = left[len(chunk) :]
             rows = min(len(chunk), 1 + len(draft) - len(left))
             logits = self._read(chunk, rows=max(1, rows))["logits"][0]
@@ -533,7 +535,7 @@ class TokenSequence:
 
         Returns the segment after which `until` said so, or the last.
         """
-        if self._decoder.options.exact_drafts and len(ids) == 1 and self.length:
+        if self._decoder.options.exact_drafts and self.length and len(ids) % TILE == 1:
             ids = [self._ids[-1], *ids]  # once more: it leaves the same keys and values
             self.rewind(self.length - 1)
         found: list[_Bound] = []
@@ -549,6 +551,12 @@ class TokenSequence:
 
         self._alone(run)
         return found[0]
+
+    def _pieces(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Cut ids into chunks; with exact drafts the very first token, which sees itself only, comes alone if it must."""
+        for chunk in chunks(ids, self.gone):
+            cut = self._decoder.options.exact_drafts and not self.length and len(chunk) % TILE == 1 < len(chunk)
+            yield from (chunk[:1], chunk[1:]) if cut else (chunk,)
 
     def _grow(self, ids: Sequence[int]) -> None:
         self._ids += ids

@@ -112,9 +112,7 @@ class TextWriter:
     `lookup_tokens` are at most proposed at once from what was said before; 0: none.
     """
 
-    def __init__(
-        self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer, lookup_tokens: int = 0
-    ) -> None:
+    def __init__(self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer, lookup_tokens: int = 0) -> None:
         from models.runtime.grammar import Grammars  # a tier that answers skills only does without its 6 MB
 
         self._decoder, self._tokenizer, self._lookup_tokens = decoder, tokenizer, lookup_tokens

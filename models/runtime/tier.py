@@ -55,8 +55,8 @@ class Limits:
     Of answers at work the one with the earliest `deadline` goes first (seconds on any one clock; nothing ends by it).
     `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
     `draft` is text that the answer may begin with, such as a smaller model's answer: what the model agrees with costs
-    it less, and nothing else changes. `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is no call
-    of a function is JSON. Frames have a form of their own.
+    it less. `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is
+    no call of a function is JSON. Frames have a form of their own.
     """
 
     max_tokens: int = 256
