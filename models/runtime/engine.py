@@ -57,9 +57,9 @@ class EngineOptions:
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used.
 
-    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` none reads a token alone,
-    so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little more,
-    and passes are not shared.
+    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
+    alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
+    more, and passes are not shared.
     """
 
     threads: int = 2
@@ -553,7 +553,7 @@ class TokenSequence:
         return found[0]
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Cut ids into chunks; with exact drafts the very first token, which sees itself only, comes alone if it must."""
+        """Cut ids into chunks; with exact drafts the very first token, which sees only itself, may be one."""
         for chunk in chunks(ids, self.gone):
             cut = self._decoder.options.exact_drafts and not self.length and len(chunk) % TILE == 1 < len(chunk)
             yield from (chunk[:1], chunk[1:]) if cut else (chunk,)
