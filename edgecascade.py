@@ -148,11 +148,14 @@ def build(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
-    quant: Annotated[str, typer.Option(help="int4, int4-mixed, int4-gptq, int8 or fp32.")] = "int4",
+    quant: Annotated[str, typer.Option(help="int4, int4-gptq, int8 or fp32.")] = "int4",
     via: Annotated[
         str, typer.Option(help="own: our fused graph; optimum: any family it exports (needs torch).")
     ] = "own",
     prune: Annotated[int, typer.Option(min=0, help="Drop so many layers, those that change least.")] = 0,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Store an int8 copy too: long prompts are read faster.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a tier's artifact of a model, check it against the model, say what was lost; what is up to date stays.
@@ -163,7 +166,7 @@ def build(
     """
     from models.build.losses import describe, describe_check
 
-    manifest = _build(source, out, adapter, quant, via, prune).manifest
+    manifest = _build(source, out, adapter, quant, via, prune, prefill=prefill).manifest
     said = f"{out}: {manifest.model_id} {manifest.model_version}; {describe(manifest.losses)}"
     said += f"\n{describe_check(manifest.made.get('checked', {}))}"
     print(manifest.as_json() if as_json else said)
@@ -521,12 +524,14 @@ def _bar(what: str) -> Iterator[Any]:
         yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)
 
 
-def _build(source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0) -> Artifact:
+def _build(
+    source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0, *, prefill: bool = False
+) -> Artifact:
     from models.build.recipes import build_tier
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
     with _bar("building") as report:
-        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report)
+        return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report, prefill=prefill)
 
 
 def _keys(key_file: str, kms_key_id: str, public_key: str = "") -> Keys:
@@ -554,7 +559,7 @@ def _ensure_edge(stack: Stack) -> None:
     out = _home() / "edge"
     if "edge" in stack.functions and not (out / "manifest.json").is_file():
         adapter = ROOT / "models" / "tiers" / "edge"
-        _build("smollm2", out, adapter if adapter.is_dir() else None, "int4")
+        _build("smollm2", out, adapter if adapter.is_dir() else None, "int4", prefill=True)
 
 
 def _stack(only: tuple[str, ...]) -> Stack:

@@ -17,6 +17,8 @@ from bench.memory import GB
 ALLOWED_KL = 0.01
 ROUNDING = 0.001
 ALLOWED_IN_PIECES = 0.05
+ALIKE = 0.05
+"""Rows whose speeds differ by less, as a share, decode alike."""
 SHORT, LONG = 128, 1024
 """Tokens in context when decoding is timed."""
 PROMPTS = (128, 512)
@@ -131,12 +133,15 @@ def ratio(a: float | None, b: float | None) -> float | None:
 def fastest(rows: Iterable[Row], peer: str, bar: Row | None = None, more: float = 0.0) -> Row | None:
     """The peer's row that decodes fastest at the short context among those that lose at most `more` nats beyond `bar`.
 
-    No bar where it was not measured. Over many tokens at once only a gross loss counts: there are few positions.
+    Of those that decode alike, the one that reads a prompt fastest. No bar where it was not measured. Over many tokens
+    at once only a gross loss counts: there are few positions.
     """
     fit = [r for r in rows if r.peer == peer and r.decode_short is not None]
     if bar is not None:
         fit = [r for r in fit if _within(r.kl, bar.kl, more) and _within(r.kl_pieces, bar.kl_pieces, ALLOWED_IN_PIECES)]
-    return max(fit, key=lambda r: r.decode_short or 0.0, default=None)
+    best = max((r.decode_short or 0.0 for r in fit), default=0.0)
+    alike = [r for r in fit if (r.decode_short or 0.0) >= (1 - ALIKE) * best]
+    return max(alike, key=lambda r: (r.prefill_512 or 0.0, r.decode_short or 0.0), default=None)
 
 
 def _within(ours: float | None, theirs: float | None, more: float) -> bool:

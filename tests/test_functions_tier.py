@@ -73,6 +73,11 @@ def test_energy_is_modelled_from_the_cards_watts(client: FlaskClient) -> None:
     assert (said["joules"]["kind"], said["joules"]["source"]) == ("modelled", "a test")
 
 
+def test_the_cards_watts_are_among_the_models_facts(client: FlaskClient) -> None:
+    facts = client.get("/v1/models").json["data"][0]["edgecascade"]
+    assert (facts["watts"], facts["watts_source"]) == (2.0, "a test")
+
+
 def test_energy_is_unknown_without_watts() -> None:
     client = tier_app(FakeTier(card("edge", watts=None))).test_client()
     assert chat(client).json["edgecascade"]["joules"] is None

@@ -13,22 +13,25 @@ from models.artifact.store import Artifact
 from models.build.assemble import build
 from models.build.gguf_source import GgufSource
 from models.runtime.engine import Decoder, Embeddings, EngineOptions, segments
+from models.runtime.engine import load as open_segments
 
+TWICE = "+prefill"
+"""Ends the name of a setting that stores weights a second time, for passes over many tokens."""
 SEQUENCES = 8
 """Sequences that may be open at once."""
 ABOUT = {
     "int4": "the file's own grid, its 8-bit head",
     "Q4_0": "the Q4_0 file's grid, 8-bit head",
-    "int4-mixed": "8 bits where faster, else the file's grid",
     "int4-gptq": "4 bits calibrated on texts",
-    "int8": "8 bits in blocks of 32",
+    "int4-gptq+prefill": "the same, and in int8 for long passes",
+    "int8": "8 bits in blocks of 64, the head as in the file",
     "fp32": "the file's weights dequantised",
 }
 
 
 def entrants(model: Model) -> list[Entrant]:
     """The file's grid, Q4_0's, and our other quantisations."""
-    others = ("int4-mixed", "int4-gptq", "int8")
+    others = ("int4-gptq", "int4-gptq+prefill", "int8")
     settings = ("int4", *others) if model.same else ("int4", "Q4_0", *others)
     return [_entrant(model, setting) for setting in settings]
 
@@ -46,7 +49,8 @@ def prepare(model: Model, entrant: Entrant) -> None:
     """Build the artifact; one that is up to date is left."""
     requantised = entrant.setting == "Q4_0"
     source = GgufSource(model.q4_0 if requantised else model.file)
-    build(source, entrant.path, "int4" if requantised else entrant.setting, None, lambda _done, _total, _text: None)
+    quant, twice = entrant.setting.removesuffix(TWICE), entrant.setting.endswith(TWICE)
+    build(source, entrant.path, "int4" if requantised else quant, None, lambda *_: None, prefill=twice)
 
 
 def tokenizer(path: Path) -> Tokenizer:
@@ -64,7 +68,9 @@ def load(entrant: Entrant, threads: int, context: int) -> Reader:
     shape = artifact.manifest.architecture
     options = EngineOptions(threads=threads, context=context, sequences=SEQUENCES)
     embeddings = Embeddings(artifact.embeddings(), None, shape.width)
-    return _Reader(Decoder(shape, segments(artifact, PLAIN), embeddings, options))
+    twice = entrant.setting.endswith(TWICE)
+    long = open_segments(segments(artifact, PLAIN, prefill=True), options, rests=True) if twice else ()
+    return _Reader(Decoder(shape, segments(artifact, PLAIN), embeddings, options, long=long))
 
 
 def weight_bytes(entrant: Entrant) -> int:

@@ -5,7 +5,7 @@ Each app owns its registry, so several apps live in one process. Nothing is labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,10 @@ class Metrics:
         """Show what a tier counts itself, as it stands when it is asked for, and the execution provider it runs on."""
         self._registry.register(_TierCollector(read, self._labels(self._version), provider))
 
+    def add(self, collect: Callable[[dict[str, str]], Iterable[Metric]]) -> None:
+        """Show series that a function keeps itself; `collect` gets the labels that every series carries."""
+        self._registry.register(_Collector(collect, self._labels(self._version)))
+
     def answered(self, report: Report, usage: Usage) -> None:
         """Count one answer."""
         labels = self._labels(report.model_version or NO_VERSION)
@@ -103,6 +107,18 @@ class Metrics:
     def _seconds(self, name: str, text: str) -> Histogram:
         options: dict[str, Any] = {"buckets": SECONDS, "registry": self._registry}
         return Histogram(f"edgecascade_{name}_seconds", text, _LABELS, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Collector(Collector):
+    """Series that are read when they are asked for."""
+
+    read: Callable[[dict[str, str]], Iterable[Metric]]
+    labels: dict[str, str]
+
+    def collect(self) -> Iterable[Metric]:
+        """Read them now."""
+        return self.read(self.labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -208,7 +208,7 @@ class InvokeReply(Reply):
 
 
 class ModelFacts(Reply):
-    """What a tier can do and how it was calibrated."""
+    """What a tier can do, how it was calibrated, and the watts that its card gives it, with their source."""
 
     available: bool
     skills: list[str]
@@ -218,6 +218,8 @@ class ModelFacts(Reply):
     context: int | None
     quantisation: str | None
     execution_provider: str | None = None
+    watts: float | None = None
+    watts_source: str = ""
 
 
 class ModelEntry(Reply):

@@ -34,6 +34,22 @@ TIER_KEYS = (
     "EXECUTION_PROVIDERS",
 )
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
+POWER_KEYS = (
+    "POWER_SOURCES",
+    "POWER_INTERVAL_MS",
+    "POWER_SYSFS",
+    "POWER_THERMAL_ZONES",
+    "POWER_FILE",
+    "POWER_TOPIC",
+    "POWER_ENERGY_FILE",
+    "POWER_INA219_CURVE",
+    "POWER_INA219_CAPACITY_MAH",
+    "POWER_INA219_START_LEVEL",
+    "POWER_INA219_CHARGING_CURRENT",
+    "POWER_INA219_BUS",
+    "POWER_INA219_ADDRESS",
+    "POWER_INA219_SHUNT_OHMS",
+)
 # Read by other parts of the bundle that run in the same environment.
 FOREIGN_KEYS = (
     "DEVICE_KEY_FILE",
@@ -49,8 +65,8 @@ FOREIGN_KEYS = (
 )
 
 _OURS = re.compile(
-    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|LOOKUP_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)"
-    r"|NODE_ID|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|LOOKUP_|MAX_BODY|MAX_INFLIGHT"
+    r"|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -68,7 +84,7 @@ class Environment:
 
     def check_names(self) -> None:
         """Raise `ConfigError` for a key that looks like ours and is not."""
-        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *FOREIGN_KEYS}
+        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
         for key in sorted(self.values):
             if key not in known and _OURS.match(key) and not _SERVICE_LINK.match(key):
                 raise ConfigError(f"{key} is not a setting of edgecascade; known are {', '.join(sorted(known))}")

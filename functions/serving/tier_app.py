@@ -107,5 +107,7 @@ class TierService:
             context=card.context,
             quantisation=card.quantisation,
             execution_provider=card.provider,
+            watts=card.watts,
+            watts_source=card.watts_source,
         )
         return [ModelEntry(id=card.name, object="model", created=0, owned_by="edgecascade", edgecascade=facts)]

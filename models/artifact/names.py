@@ -1,11 +1,12 @@
 """What lies where in an artifact's folder, and what a graph calls its inputs and outputs.
 
 A tensor's name says its file: `layers.3.qkv.q` lies in `layer-003.safetensors`, `adapter.3.qkv.a` in
-`adapter-003.safetensors`, `head.scale` in `head.safetensors`, `embeddings.q` in `embeddings.safetensors`
-(absent where the table is tied: then the head's is read).
+`adapter-003.safetensors`, `prefill.3.qkv.i8` in `prefill-003.safetensors`, `head.scale` in `head.safetensors`,
+`embeddings.q` in `embeddings.safetensors` (absent where the table is tied: then the head's is read).
 
 Suffixes of a projection: `.w` fp32 (N, K); or `.q` uint8 blocks (N, ⌈K/B⌉, B * bits/8) with `.scale` fp32 (N, ⌈K/B⌉)
-and, where a block has an offset, `.shift` fp32 (K/B, N). Bits are 4 or 8; B weights share a scale.
+and, where a block has an offset, `.shift` fp32 (K/B, N). Bits are 4 or 8; B weights share a scale. A second copy for
+long passes is `.i8` int8 (K, N) with `.scale` fp32 (N,).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ BLOCK = 32
 
 NIBBLE, BYTE = 4, 8
 """Bits of a code."""
+INT8_MAX = 127
 
 SITES = ("qkv", "out", "gate_up", "down")
 """The fused projections of a layer."""
 
 MANIFEST, SIGNATURE, TOKENIZER = "manifest.json", "manifest.sig", "tokenizer.json"
 LABELS, HEAD, EMBEDDINGS = "labels.safetensors", "head.safetensors", "embeddings.safetensors"
-_LAYER_FILE = re.compile(r"(?:layer|adapter)-(\d{3,})\.safetensors")
+_LAYER_FILE = re.compile(r"(?:layer|adapter|prefill)-(\d{3,})\.safetensors")
 PLAIN, FRAMES = "plain", "frames"
 """Graph variants: the model as it is, and the model with its adapter beside the weights."""
 
@@ -44,9 +46,14 @@ def adapter_file(layer: int) -> str:
     return f"adapter-{layer:03d}.safetensors"
 
 
-def graph_file(variant: str, segment: int) -> str:
-    """File of one segment's graph."""
-    return f"graph-{variant}-{segment}.onnx"
+def prefill_file(layer: int) -> str:
+    """File of one layer's second copy, for passes over many tokens."""
+    return f"prefill-{layer:03d}.safetensors"
+
+
+def graph_file(variant: str, segment: int, *, prefill: bool = False) -> str:
+    """File of one segment's graph; `prefill`: the one for passes over many tokens."""
+    return f"graph-{variant}-{'prefill-' if prefill else ''}{segment}.onnx"
 
 
 def file_of(tensor: str) -> str:
@@ -56,7 +63,14 @@ def file_of(tensor: str) -> str:
         return layer_file(int(rest.split(".")[0]))
     if group == "adapter":
         return adapter_file(int(rest.split(".")[0]))
+    if group == "prefill":
+        return prefill_file(int(rest.split(".")[0]))
     return EMBEDDINGS if group == "embeddings" else HEAD
+
+
+def of_small_passes(tensor: str) -> bool:
+    """Whether the tensor is an operand of a layer's projection, which passes over many tokens do without."""
+    return tensor.startswith("layers.") and tensor.rpartition(".")[2] in {"w", "q", "scale", "shift"}
 
 
 def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:

@@ -23,7 +23,7 @@ from models.build.quantise import Array
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
-BUILDER = 3
+BUILDER = 4
 """Raised whenever the same source would give another artifact: cached builds are then made again."""
 
 
@@ -41,6 +41,7 @@ class BuildKey:
     merged: bool
     pruned_layers: int = 0
     via: str = OWN
+    prefill: bool = False
     builder: int = BUILDER
 
 
@@ -54,25 +55,30 @@ def build(
     merge: bool = False,
     texts: Sequence[Sequence[int]] = (),
     prune: int = 0,
+    prefill: bool = False,
 ) -> Artifact:
     """Write the artifact of `source` to `out` and return it; an equal one that is there already is returned as it is.
 
     The adapter stays beside the weights, so that chats meet the base model as it was, or is merged into them.
-    `texts` are token sequences to measure the loss on; `prune` drops so many layers first. Raises `SourceError` or
+    `texts` are token sequences to measure the loss on; `prune` drops so many layers first; `prefill` adds a second copy
+    of each projection for passes over many tokens. Raises `SourceError` or
     `ArtifactError`; whatever happens, `out` holds the old artifact or the new one, never a part. One layer is in
     memory at a time.
     """
     if quant not in QUANTISATIONS:
         raise SourceError(f"quantisation '{quant}' is unknown; use one of {', '.join(QUANTISATIONS)}")
     added = Adapter.open(adapter) if adapter else None
-    key = BuildKey(source.digest(), added.digest if added else None, quant, merge and added is not None, prune)
+    key = BuildKey(
+        source.digest(), added.digest if added else None, quant, merge and added is not None, prune, prefill=prefill
+    )
     cached = up_to_date(out, key, report)
     if cached:
         return cached
     head = _skill_head(source, added)
     pruning = Pruning.of(source, prune, head, texts, report) if prune else None
     source = pruning.source if pruning else source
-    packing = Packing(source, quant, added, merge, head.exits if head else (), head.exit_norms if head else None)
+    exits, exit_norms = (head.exits, head.exit_norms) if head else ((), None)
+    packing = Packing(source, quant, added, merge, exits, exit_norms, prefill)
     packing.check()
     measure = Measurement(packing, head, texts)
     artifact = write_artifact(out, lambda writer: _fill(writer, packing, measure, head, key, pruning, report))
@@ -127,8 +133,8 @@ def _fill(
 
     steps = shape.n_layers + 2
     report(0, steps, f"{quant}: head and embeddings")
-    add(packing.top())
-    add(packing.embeddings())
+    embeddings = packing.embeddings()
+    add(embeddings or packing.top())  # the texts that measure are embedded from what was written
     measure.begin(writer)
     for n in range(shape.n_layers):
         tensors = packing.layer(n)
@@ -136,9 +142,13 @@ def _fill(
         measure.layer(n, tensors)
         del tensors  # before the next layer is packed
         report(n + 1, steps, f"{quant}: layer {n + 1} of {shape.n_layers}")
-    for variant in packing.variants:
-        for number, (_, graph) in enumerate(graphs(shape, packing.exits, source.has_lm_head, dims, variant)):
-            writer.add_bytes(graph_file(variant, number), graph)
+    if embeddings:
+        add(packing.top())
+    chosen = [(variant, False) for variant in packing.variants]
+    for variant, prefill in [*chosen, *([(packing.variants[-1], True)] if packing.prefill else [])]:
+        made = graphs(shape, packing.exits, source.has_lm_head, dims, variant, prefill=prefill)
+        for number, (_, graph) in enumerate(made):
+            writer.add_bytes(graph_file(variant, number, prefill=prefill), graph)
     if head:
         writer.add_tensors(LABELS, {"labels": head.labels, "inputs": head.inputs})
     report(shape.n_layers + 1, steps, "comparing with the source")

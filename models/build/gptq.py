@@ -145,6 +145,10 @@ class Rounding:
         self._add(self._site("down", weights, [_gated(y) for y in gate_up], done))
         return done
 
+    def head(self, weights: Floats, norm: Floats, scheme: Scheme) -> dict[str, Array]:
+        """Quantise the vocabulary head (V, C) for what the layers give, all of which went by."""
+        return gptq(weights, _moments(self._normed(norm)), scheme.bits, scheme.block)
+
     def _site(
         self, site: str, weights: Mapping[str, Floats], inputs: Sequence[Floats], done: dict[str, dict[str, Array]]
     ) -> list[Floats]:

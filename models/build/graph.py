@@ -14,13 +14,16 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from models.artifact.names import BLOCK, BYTE, LOGITS_FROM, Span, bits_and_block, file_of
+from models.artifact.names import BLOCK, BYTE, INT8_MAX, LOGITS_FROM, Span, bits_and_block, file_of
 from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
 CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
+
+KINDS: Mapping[str, int] = {"q": TensorProto.UINT8, "i8": TensorProto.INT8}
+"""Types of stored tensors by suffix; all others are fp32."""
 
 ACTIVATION_OPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     SILU: ("QuickGelu", CONTRIB, {"alpha": 1.0}),
@@ -38,17 +41,19 @@ def decoder_graph(
     tensors: Mapping[str, Dims],
     *,
     adapter: bool = False,
+    prefill: bool = False,
     accuracy_level: int = FAST_ACTIVATIONS,
 ) -> bytes:
     """Return the serialised graph of `span`.
 
     `tensors` names every stored tensor with its dimensions; which suffixes a projection has decides how it is
-    computed. `adapter` adds the low-rank products of `adapter.*`.
+    computed. `adapter` adds the low-rank products of `adapter.*`. `prefill` makes the graph for passes over many
+    tokens, of `prefill.*`, without a head; it is given the adapter with each pass, so that it serves without one too.
     """
-    builder = _Builder(shape, tensors, adapter, accuracy_level)
+    builder = _Builder(shape, tensors, adapter, accuracy_level, prefill=prefill)
     hidden, carried = builder.layers(span)
     outputs = {"hidden": hidden} if span.stop == shape.n_layers else {"hidden": hidden, "carried": carried}
-    if span.head:
+    if span.head and not prefill:
         outputs["logits"] = builder.last_logits(hidden)
     return bytes(builder.model(span, outputs).SerializeToString())
 
@@ -65,8 +70,18 @@ def head_graph(shape: LlamaShape, tensors: Mapping[str, Dims]) -> bytes:
 class _Builder:
     """Collects nodes and initializers; every value is named by the node that makes it."""
 
-    def __init__(self, shape: LlamaShape, tensors: Mapping[str, Dims], adapter: bool, accuracy_level: int) -> None:
+    def __init__(
+        self,
+        shape: LlamaShape,
+        tensors: Mapping[str, Dims],
+        adapter: bool,
+        accuracy_level: int,
+        *,
+        prefill: bool = False,
+    ) -> None:
         self._shape, self._tensors, self._adapter, self._accuracy_level = shape, tensors, adapter, accuracy_level
+        self._prefill = prefill
+        self._given: list[Any] = []
         self._nodes: list[Any] = []
         self._constants: dict[str, TensorProto] = {}
 
@@ -76,9 +91,11 @@ class _Builder:
         return outputs[0]
 
     def weight(self, name: str) -> str:
-        """Declare a stored tensor as an external initializer."""
-        if name not in self._constants:
-            kind = TensorProto.UINT8 if name.endswith(".q") else TensorProto.FLOAT
+        """Declare a stored tensor as an external initializer, or as an input if it is given with each pass."""
+        if self._prefill and name.startswith("adapter."):
+            self._given.append(_value(name, self._tensors[name]))
+        elif name not in self._constants:
+            kind = KINDS.get(name.rpartition(".")[2], TensorProto.FLOAT)
             proto = TensorProto(name=name, data_type=kind, dims=self._tensors[name])
             proto.data_location = TensorProto.EXTERNAL
             proto.external_data.add(key="location", value=file_of(name))
@@ -234,11 +251,15 @@ class _Builder:
 
     def project(self, site: str, x: str, n_in: int) -> str:
         """Add `y = W x`, with the block offsets and the adapter where they are stored; returns y."""
-        if f"{site}.w" in self._tensors:
+        copied = site.replace("layers.", "prefill.", 1)
+        by_rows = self._prefill and f"{copied}.i8" in self._tensors
+        if by_rows:
+            y = self._row_product(copied, x)
+        elif f"{site}.w" in self._tensors:
             y = self._product(f"{site}.w", x, f"{site}.y")
         else:
             y = self._block_product(site, x, n_in)
-        if f"{site}.shift" in self._tensors:
+        if f"{site}.shift" in self._tensors and not by_rows:
             sums = self._block_sums(x, n_in)
             shift = self.node("MatMul", [sums, self.weight(f"{site}.shift")], [f"{site}.offset"])
             y = self.node("Add", [y, shift], [f"{site}.shifted"])
@@ -261,6 +282,21 @@ class _Builder:
             K=n_in, N=self._tensors[f"{site}.q"][0], bits=bits, block_size=block, accuracy_level=self._accuracy_level,
         )  # fmt: skip
 
+    def _row_product(self, site: str, x: str) -> str:
+        """Multiply in int8, each token scaled by its own largest input: exact sums, so no row depends on another."""
+        if "code_step" not in self._constants:
+            self._constants["code_step"] = helper.make_tensor("code_step", TensorProto.FLOAT, [], [1 / INT8_MAX])
+            self._constants["code_zero"] = helper.make_tensor("code_zero", TensorProto.UINT8, [], [INT8_MAX + 1])
+            self._constants["tiny"] = helper.make_tensor("tiny", TensorProto.FLOAT, [], [1e-30])
+        size = self.node("Abs", [x], [f"{site}.size"])
+        peak = self.node("ReduceMax", [size, self.constant("last_axis", [-1])], [f"{site}.peak"], keepdims=1)
+        scale = self.node("Max", [peak, "tiny"], [f"{site}.row_scale"])
+        unit = self.node("Div", [x, scale], [f"{site}.unit"])
+        codes = self.node("QuantizeLinear", [unit, "code_step", "code_zero"], [f"{site}.codes"])
+        inputs = [codes, self.weight(f"{site}.i8"), "code_step", self.weight(f"{site}.scale"), "code_zero"]
+        y = self.node("MatMulIntegerToFloat", inputs, [f"{site}.unscaled"], CONTRIB)
+        return self.node("Mul", [y, scale], [f"{site}.y"])
+
     def _block_sums(self, x: str, n_in: int) -> str:
         """Sum x over blocks, (B, T, K) → (B, T, K/32)."""
         blocks = self.constant(f"blocks_of_{n_in}", [0, 0, n_in // BLOCK, BLOCK])  # 0: as it was
@@ -281,7 +317,7 @@ class _Builder:
         inputs = [_value("x", wide)]
         inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
         tables = ("cos", "sin", *(("local_cos", "local_sin") if s.local_rope_theta else ()))
-        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables]
+        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables] + self._given
         inputs += [_value(LOGITS_FROM, [1], TensorProto.INT64)] if span.head else []
         dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", "R", s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {

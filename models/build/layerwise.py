@@ -48,7 +48,8 @@ class LayerwiseDecoder:
                 self._pass(n, {**tensors, "final_norm": final_norm}, variant, chosen)
 
     def _pass(self, n: int, tensors: Mapping[str, Array], variant: str, chosen: Sequence[int]) -> None:
-        weights = {name: v for name, v in tensors.items() if variant == FRAMES or not name.startswith("adapter.")}
+        unused = ("prefill.",) if variant == FRAMES else ("prefill.", "adapter.")
+        weights = {name: v for name, v in tensors.items() if not name.startswith(unused)}
         span = Span(n, n + 1, "final_norm", head=False)
         whole = replace(self._shape, n_layers=self._shape.n_layers + 1)  # so that every layer hands its stream on
         dims = {name: value.shape for name, value in weights.items()}

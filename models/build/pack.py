@@ -14,7 +14,18 @@ from models.build.adapter import Adapter
 from models.build.gptq import Rounding, calibration_ids
 from models.build.graph import FAST_ACTIVATIONS, Dims, decoder_graph
 from models.build.progress import Report
-from models.build.quantise import SCHEMES, TABLE, Array, Scheme, expert_operands, fits, operands, stacked
+from models.build.quantise import (
+    HEAD,
+    SCHEMES,
+    TABLE,
+    Array,
+    Scheme,
+    by_columns,
+    expert_operands,
+    fits,
+    operands,
+    stacked,
+)
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
 from models.runtime.engine import Segment
@@ -43,7 +54,8 @@ UNSUPPORTED = ("blk.0.attn_sinks.weight", "blk.0.ffn_gate_inp_shexp.weight", "pe
 class Packing:
     """How a source becomes tensors named as in `models.artifact.names`; the adapter is merged or stays beside.
 
-    Where rounding is calibrated, layers must be taken in order, each once: each sees what those before it give.
+    Where rounding is calibrated, layers must be taken in order, each once, and `top` after them: each sees what those
+    before it give.
     """
 
     source: TensorSource
@@ -52,6 +64,8 @@ class Packing:
     merge: bool = False
     exits: tuple[int, ...] = ()
     exit_norms: Floats | None = None
+    prefill: bool = False
+    """Whether each projection is stored a second time, in int8, for passes over many tokens."""
 
     @property
     def shape(self) -> LlamaShape:
@@ -85,6 +99,8 @@ class Packing:
         """Raise `SourceError` if the source has tensors that the graph does not know."""
         if any(scheme.calibrated for scheme in self.schemes.values()) and not self._plain_llama:
             raise SourceError(f"--quant {self.quant} follows plain Llama models only; use int4")
+        if self.shape.n_experts and self.prefill:
+            raise SourceError("--prefill does not fit a mixture of experts; leave it out")
         if self.shape.n_experts and self.adapter:
             raise SourceError("an adapter does not fit a mixture of experts")
         if self.shape.n_experts and self.quant != "fp32" and (self.shape.width % 32 or self.shape.mlp_width % 32):
@@ -105,6 +121,8 @@ class Packing:
             tensors |= self._site(n, site, merged.get(site), rounded.get(site))
         for site, update in updates.items() if not self.merge else ():
             tensors |= {f"adapter.{n}.{site}.a": update.a, f"adapter.{n}.{site}.b": update.b}
+        if self.prefill:
+            tensors |= self._copies(n, merged)
         if self.shape.n_experts:
             tensors |= self._mixture(n)
         if self.exit_norms is not None and n + 1 in self.exits:
@@ -115,16 +133,23 @@ class Packing:
         """The final norm and, if there is one, the head."""
         found: dict[str, Array] = {"final_norm": self._vector("output_norm.weight", self.shape.width)}
         if self.source.has_lm_head:
-            found |= self._table("head", "output.weight" if self._untied else "token_embd.weight")
+            name = "output.weight" if self._untied else "token_embd.weight"
+            found |= self._calibrated_head(name, found["final_norm"]) if self._own_head else self._table("head", name)
         return found
 
     def embeddings(self) -> dict[str, Array]:
         """The embedding table; nothing where it is the head's, which is stored once."""
-        return self._table("embeddings", "token_embd.weight") if self._untied or not self.source.has_lm_head else {}
+        apart = self._untied or self._own_head or not self.source.has_lm_head
+        return self._table("embeddings", "token_embd.weight") if apart else {}
 
     @property
     def _untied(self) -> bool:
         return self.source.has("output.weight")
+
+    @property
+    def _own_head(self) -> bool:
+        """Whether the head is stored in another way than the table of embeddings."""
+        return HEAD in self.schemes and self.source.has_lm_head
 
     @property
     def _plain_llama(self) -> bool:
@@ -145,6 +170,11 @@ class Packing:
         for site, (n_in, n_out) in site_widths(self.shape).items():
             _check(weights[site].shape == (n_out, n_in), self._names(n, site))
         return self.rounding.layer(weights, {name: norms[f"layers.{n}.{name}"] for name in NORMS})
+
+    def _copies(self, n: int, merged: Mapping[str, Floats]) -> dict[str, Array]:
+        """The layer's projections again, for passes over many tokens."""
+        found = {site: by_columns(stacked(self.source, self._names(n, site), merged.get(site))) for site in SITES}
+        return {f"prefill.{n}.{site}.{key}": value for site, parts in found.items() for key, value in parts.items()}
 
     def _names(self, n: int, site: str) -> list[str]:
         return [f"blk.{n}.{part}.weight" for part in PARTS[site]]
@@ -188,6 +218,13 @@ class Packing:
             for name, origin in (NORMS | there).items()
         }
 
+    def _calibrated_head(self, name: str, norm: Floats) -> dict[str, Array]:
+        """The head, rounded for the states that the rounded layers end in; only after all layers."""
+        weights = self.source.tensor(name)
+        _check(weights.shape == (self.shape.vocab_size, self.shape.width), [name])
+        assert self.rounding is not None  # noqa: S101
+        return {f"head.{key}": value for key, value in self.rounding.head(weights, norm, self.schemes[HEAD]).items()}
+
     def _table(self, group: str, name: str) -> dict[str, Array]:
         """Head or embeddings, at least in 8 bits: four cost a small model too much."""
         found = operands(self.source, [name], self.schemes[TABLE])
@@ -228,10 +265,13 @@ def graphs(
     dims: Mapping[str, Dims],
     variant: str,
     accuracy_level: int = FAST_ACTIVATIONS,
+    *,
+    prefill: bool = False,
 ) -> Iterator[tuple[Span, bytes]]:
     """The graph of each segment of a variant; `dims` are the dimensions of all tensors."""
     for span in spans(shape.n_layers, exits, lm_head and variant == PLAIN):
-        yield span, decoder_graph(shape, span, dims, adapter=variant == FRAMES, accuracy_level=accuracy_level)
+        adapter = variant == FRAMES
+        yield span, decoder_graph(shape, span, dims, adapter=adapter, prefill=prefill, accuracy_level=accuracy_level)
 
 
 @dataclass(frozen=True)
@@ -250,14 +290,16 @@ class PackedModel:
         """The graph variants."""
         return variants(self.split, self.lm_head)
 
-    def segments(self, variant: str) -> Iterator[Segment]:
+    def segments(self, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
         """Graph and weights of each segment."""
         dims = {name: value.shape for name, value in self.tensors.items()}
-        for span, graph in graphs(self.shape, self.exits, self.lm_head, dims, variant, self.accuracy_level):
-            yield Segment(span, graph, self._weights(span, variant))
+        level = self.accuracy_level
+        for span, graph in graphs(self.shape, self.exits, self.lm_head, dims, variant, level, prefill=prefill):
+            make = Segment.for_many_tokens if prefill else Segment
+            yield make(span, graph, self._weights(span, variant, prefill=prefill))
 
-    def _weights(self, span: Span, variant: str) -> dict[str, Array]:
-        groups = {f"layers.{n}." for n in span.layers}
+    def _weights(self, span: Span, variant: str, *, prefill: bool) -> dict[str, Array]:
+        groups = {f"{group}.{n}." for n in span.layers for group in ("layers", *(("prefill",) if prefill else ()))}
         if variant == FRAMES:
             groups |= {f"adapter.{n}." for n in span.layers}
         chosen = {
@@ -265,7 +307,7 @@ class PackedModel:
         }
         if span.stop == self.shape.n_layers:
             chosen[span.norm] = self.tensors[span.norm]
-        return chosen | (self.group("head") if span.head else {})
+        return chosen | (self.group("head") if span.head and not prefill else {})
 
     def group(self, name: str) -> dict[str, Array]:
         """Tensors of one group, such as 'head', with their full names."""
@@ -286,10 +328,11 @@ def pack(
     merge: bool = False,
     exits: Sequence[int] = (),
     exit_norms: Floats | None = None,
+    prefill: bool = False,
     accuracy_level: int = FAST_ACTIVATIONS,
 ) -> PackedModel:
     """Pack a whole model at once; raises `SourceError` if a tensor is absent, misshapen or of another architecture."""
-    packing = Packing(source, quant, adapter, merge, tuple(exits), exit_norms)
+    packing = Packing(source, quant, adapter, merge, tuple(exits), exit_norms, prefill)
     packing.check()
     n_layers = source.shape.n_layers
     tensors: dict[str, Array] = {}

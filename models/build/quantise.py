@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.names import BLOCK, BYTE, NIBBLE, SITES, bits_and_block
+from models.artifact.names import BLOCK, BYTE, INT8_MAX, NIBBLE, SITES, bits_and_block
 from models.build.source import GridSource, TensorSource
 
 Array = NDArray[Any]
@@ -38,21 +38,20 @@ class Scheme:
     calibrated: bool = False
 
 
-TABLE = "table"
-"""Stands for the head and the embeddings beside the fused projections."""
-_FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, keeps_grid=True)
-_WIDE, _CALIBRATED = Scheme(BYTE, 128), Scheme(NIBBLE, 64, calibrated=True)
+TABLE, HEAD = "table", "head"
+"""Stand for the table of embeddings, and for the head where it is not stored like it, beside the projections."""
+_FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, 64, keeps_grid=True)
+_CALIBRATED = Scheme(NIBBLE, 128, calibrated=True)
 SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
     "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
     "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
-    "int4-mixed": {"qkv": _WIDE, "out": _FOUR, "gate_up": _FOUR, "down": _WIDE, TABLE: _WIDE},
-    "int4-gptq": {**dict.fromkeys(SITES, _CALIBRATED), TABLE: _WIDE},
+    "int4-gptq": {**dict.fromkeys((*SITES, HEAD), _CALIBRATED), TABLE: _EIGHT},
 }
-"""Quantisations by name. Head and embeddings have 8 bits at least: four cost a small model too much.
+"""Quantisations by name. A head has 8 bits unless it is calibrated: four cost a small model too much.
 
-`int4` keeps a 4-bit file's grid to the last bit. `int4-mixed` stores in 8 bits, with wide blocks, what is faster so
-than in four with offsets. `int4-gptq` gives up the grid for speed.
+`int4` keeps a 4-bit file's grid to the last bit. Blocks of 64 are the widest in which onnxruntime computes a row of 8
+bits alike, whoever shares its pass. `int4-gptq` gives up the grid for speed, and stores embeddings apart from the head.
 """
 GRIDS: Mapping[str, int] = {"Q4_0": NIBBLE, "Q4_1": NIBBLE, "Q8_0": BYTE}
 """Block formats that are kept as they are, and their bits."""
@@ -189,6 +188,13 @@ def _round(blocks: Floats, scale: Floats, low: int, high: int) -> tuple[Floats, 
     return codes, np.square(codes * scale - blocks).sum(-1, keepdims=True)
 
 
+def by_columns(weights: Floats) -> dict[str, Array]:
+    """Round (N, K) to int8 with one scale an output: `i8` (K, N) and `scale` (N,); for products of many rows."""
+    scale = np.abs(weights).max(-1) / INT8_MAX
+    codes = np.rint(weights / np.where(scale == 0, 1, scale)[:, None]).astype(np.int8)
+    return {"i8": np.ascontiguousarray(codes.T), "scale": scale.astype(np.float32)}
+
+
 def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:
     """Return the fp32 matrix (N, K) that the operands stand for."""
     if "w" in parts:
@@ -212,4 +218,5 @@ def fits(parts: Mapping[str, Array], n_out: int, n_in: int, scheme: Scheme) -> b
     """Whether operands made by the scheme stand for a matrix (N, K)."""
     if "w" in parts:
         return bool(parts["w"].shape == (n_out, n_in))
-    return bool(parts["q"].shape[:2] == (n_out, -(-n_in // block_for(n_in, scheme.block))))
+    blocks = {block_for(n_in, scheme.block), *([BLOCK] if scheme.keeps_grid else [])}
+    return parts["q"].shape[:2] in {(n_out, -(-n_in // block)) for block in blocks}

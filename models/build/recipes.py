@@ -24,17 +24,26 @@ GRADES = ("exact", "agree-edge")
 
 
 def build_tier(
-    source: str, cache: Path, out: Path, quant: str, adapter: Path | None, via: str, prune: int, report: Report
+    source: str,
+    cache: Path,
+    out: Path,
+    quant: str,
+    adapter: Path | None,
+    via: str,
+    prune: int,
+    report: Report,
+    *,
+    prefill: bool = False,
 ) -> Artifact:
     """Build the artifact of whatever `source` names; raises `SourceError` or `ArtifactError`."""
     from models.build.assemble import OPTIMUM, OWN, build
 
     if via == OWN:
-        return build(open_source(source, cache, report), out, quant, adapter, report, prune=prune)
+        return build(open_source(source, cache, report), out, quant, adapter, report, prune=prune, prefill=prefill)
     if via != OPTIMUM:
         raise SourceError(f"--via {via} is unknown; use {OWN} or {OPTIMUM}")
-    if adapter or prune:
-        raise SourceError("--adapter and --prune work on our own graph only; leave --via optimum out")
+    if adapter or prune or prefill:
+        raise SourceError("--adapter, --prune and --prefill work on our own graph only; leave --via optimum out")
     from models.build.optimum_export import build_exported
 
     return build_exported(open_folder(source, cache, report), out, quant, report)

@@ -13,7 +13,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,8 @@ from models.artifact.names import (
     bits_and_block,
     graph_file,
     layer_file,
+    of_small_passes,
+    prefill_file,
     spans,
 )
 from models.artifact.shape import LlamaShape
@@ -50,6 +53,18 @@ TILE = 16
 """onnxruntime's attention takes queries in tiles of twice the head's width, which is a multiple of this."""
 
 
+SPIN_US = 1000
+"""How long idle threads wait busily: longer than the pause between two steps, and no burden on who comes next."""
+LONG = 24
+"""Tokens from which a pass takes the segments for many tokens, where there are such."""
+
+
+class _Pass(Enum):
+    """Kinds of passes, which are bound apart."""
+
+    SINGLE, SHORT, LONG = range(3)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
@@ -59,7 +74,7 @@ class EngineOptions:
 
     onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
     alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
-    more, and passes are not shared.
+    more, passes are not shared, and prompts take no segments for many tokens.
     """
 
     threads: int = 2
@@ -104,23 +119,62 @@ class TextEngine(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """One graph with its weights; the weights are let go of once the session has packed them."""
+    """One graph with its weights; the weights are let go of once the session has packed them.
+
+    `given` are weights that go in with each pass.
+    """
 
     span: Span
     graph: bytes
     weights: Mapping[str, Array]
+    given: Mapping[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def for_many_tokens(cls, span: Span, graph: bytes, weights: Mapping[str, Array]) -> Segment:
+        """Of all that a span has, what a pass over many tokens needs: it has no head, and is given the adapter."""
+        given = {name: value for name, value in weights.items() if name.startswith("adapter.")}
+        kept = {name: v for name, v in weights.items() if not of_small_passes(name) and name not in given}
+        return cls(replace(span, head=False), graph, kept, given)
 
 
-def segments(artifact: Artifact, variant: str) -> Iterator[Segment]:
-    """Read the segments of a graph variant, one at a time."""
+def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
+    """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens."""
     m = artifact.manifest
     for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
         adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
         weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
+        if prefill:
+            weights |= artifact.tensors(*map(prefill_file, span.layers))
         if span.stop == m.architecture.n_layers:
             top = artifact.tensors(HEAD)
-            weights |= top if span.head else {span.norm: top[span.norm]}
-        yield Segment(span, artifact.read(graph_file(variant, number)), weights)
+            weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
+        make = Segment.for_many_tokens if prefill else Segment
+        yield make(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A segment's session, and the weights that go in with each pass."""
+
+    span: Span
+    session: ort.InferenceSession
+    given: Mapping[str, Array]
+
+    def takes(self, name: str) -> bool:
+        """Whether the graph has an input of that name."""
+        return any(wanted.name == name for wanted in self.session.get_inputs())
+
+    def without_adapter(self) -> Loaded:
+        """The same session with an adapter that adds nothing."""
+        sizes = [value.size for value in self.given.values()]
+        nothing = np.zeros(max(sizes, default=0), np.float32)
+        zeros = {name: nothing[: value.size].reshape(value.shape) for name, value in self.given.items()}
+        return replace(self, given=zeros)
+
+
+def load(parts: Iterable[Segment], options: EngineOptions, *, rests: bool = False) -> list[Loaded]:
+    """Open the sessions of segments; decoders may share them. `rests` is explained in `open_session`."""
+    return [Loaded(part.span, _session(part, options, rests=rests), part.given) for part in parts]
 
 
 class Embeddings:
@@ -155,25 +209,29 @@ class Embeddings:
 class Decoder:
     """A loaded model; `sequence()` lends one of a few slots of its key-value memory.
 
-    Decoders that share the processor should share their `turns`.
+    `long` are segments for passes over many tokens, without the head; the others take those as well where there are
+    none. Decoders that share the processor should share their `turns`.
     """
 
     def __init__(
         self,
         shape: LlamaShape,
-        parts: Iterable[Segment],
+        parts: Iterable[Segment | Loaded],
         embeddings: Embeddings,
         options: EngineOptions,
         turns: Turns | None = None,
+        *,
+        long: Sequence[Loaded] = (),
     ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         self.context = min(options.context, shape.context)
         self.turns = turns or Turns()
         self.memory = KeyValueMemory(shape, options.sequences, self.context)
         self.prefixes = _prefix_cache(shape, options)
-        self._segments = [(part.span, _session(part, options)) for part in parts]
+        self._segments = _loaded(parts, options)
+        self._long = () if options.exact_drafts else long  # a token read again must be read as before
         self._rotary = rotary_tables(shape, self.context + 1)
-        self._stacks: dict[tuple[range, bool], _Stack] = {}
+        self._stacks: dict[tuple[range, _Pass], _Stack] = {}
         self._stacks_version = 0
         self._places = threading.BoundedSemaphore(options.sequences)
         self._lock = threading.Lock()
@@ -183,18 +241,18 @@ class Decoder:
     @property
     def provider(self) -> str:
         """Short name of the execution provider in use."""
-        return short_name(self._segments[0][1].get_providers()[0])
+        return short_name(self._segments[0].session.get_providers()[0])
 
     @property
     def batches(self) -> bool:
         """Whether sequences may share passes; graphs of older artifacts take one at a time."""
-        several = all(isinstance(session.get_inputs()[0].shape[0], str) for _, session in self._segments)
+        several = all(isinstance(part.session.get_inputs()[0].shape[0], str) for part in self._segments)
         return several and not self.options.exact_drafts
 
     @property
     def verifies(self) -> bool:
         """Whether the graph gives logits at several positions; older ones do not."""
-        return _takes(self._segments[-1][1], LOGITS_FROM)
+        return self._segments[-1].takes(LOGITS_FROM)
 
     @property
     def alone(self) -> bool:
@@ -222,17 +280,27 @@ class Decoder:
                 with self._lock:
                     heapq.heappush(self._free, slot)
 
-    def stack(self, slots: range, room: int, *, single: bool) -> _Stack:
-        """The segments bound to some slots with room for so many tokens; only for whoever has the turn.
+    @property
+    def has_long(self) -> bool:
+        """Whether passes over many tokens have segments of their own."""
+        return bool(self._long)
+
+    def stack(self, slots: range, room: int, n_tokens: int, *, head: bool = True) -> _Stack:
+        """The segments for a pass of `n_tokens`, bound to slots with `room` tokens; only for whoever has the turn.
+
+        With `head` they give logits, whatever the number of tokens.
 
         Passes of single tokens have stacks of their own, so that nothing is bound anew from one to the next.
         """
+        long = self._long and n_tokens >= LONG and not head
+        kind = _Pass.SINGLE if n_tokens == 1 else _Pass.LONG if long else _Pass.SHORT
         self.memory.reserve(slots.stop, room)
         if self._stacks_version != self.memory.version:
             self._stacks, self._stacks_version = {}, self.memory.version
-        found = self._stacks.get((slots, single))
+        found = self._stacks.get((slots, kind))
         if found is None:
-            found = self._stacks[slots, single] = _Stack(self.shape, self._segments, self._rotary, self.memory, slots)
+            chosen = self._long if kind is _Pass.LONG else self._segments
+            found = self._stacks[slots, kind] = _Stack(self.shape, chosen, self._rotary, self.memory, slots)
         return found
 
     def step(self, members: Sequence[TokenSequence]) -> None:
@@ -241,7 +309,7 @@ class Decoder:
         A slot between them that sits out is computed too: what it writes lies behind its own tokens.
         """
         slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
-        stack = self.stack(slots, 1 + max(m.length for m in members), single=True)
+        stack = self.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
         x = np.zeros((len(slots), 1, self.shape.width), np.float32)
         x[[m.slot - slots.start for m in members], 0] = self.embeddings.rows([m.next_id for m in members])
         for _ in stack.run(x, [self._sequences[slot].length for slot in slots]):
@@ -250,17 +318,29 @@ class Decoder:
             member.stepped(stack.logits[member.slot - slots.start, 0], shared=len(slots) > 1)
 
 
+def _loaded(parts: Iterable[Segment | Loaded], options: EngineOptions) -> list[Loaded]:
+    """Open the sessions of those that have none yet."""
+    return [part if isinstance(part, Loaded) else load([part], options)[0] for part in parts]
+
+
 def _prefix_cache(shape: LlamaShape, options: EngineOptions) -> PrefixCache[Floats] | None:
     block_bytes = 4 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * BLOCK_TOKENS
     return PrefixCache(options.prefix_cache_bytes, block_bytes) if options.prefix_cache_bytes else None
 
 
-def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str) -> ort.InferenceSession:
-    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused."""
+def open_session(
+    graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str, *, rests: bool = False
+) -> ort.InferenceSession:
+    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused.
+
+    One that `rests` has threads that never wait busily between passes, where they would be in another session's way.
+    """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests else "0")
     # Weights come from memory alone: a graph that names a file of weights is refused.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
@@ -271,13 +351,9 @@ def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOpti
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
 
 
-def _takes(session: ort.InferenceSession, name: str) -> bool:
-    return any(given.name == name for given in session.get_inputs())
-
-
-def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:
+def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:
     what = f"layers {part.span.first} to {part.span.stop - 1}"
-    return open_session(part.graph, part.weights, options, what)
+    return open_session(part.graph, part.weights, options, what, rests=rests)
 
 
 def rotary_tables(shape: LlamaShape, positions: int) -> dict[str, Floats]:
@@ -320,7 +396,7 @@ class _Stack:
     def __init__(
         self,
         shape: LlamaShape,
-        segments: Sequence[tuple[Span, ort.InferenceSession]],
+        parts: Sequence[Loaded],
         rotary: Mapping[str, Floats],
         memory: KeyValueMemory,
         slots: range,
@@ -329,8 +405,8 @@ class _Stack:
         self._logits_from = np.full(1, -1, np.int64)
         inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
         inputs |= rotary
-        self._bound = [_Bound(shape, span, session, inputs, memory, slots) for span, session in segments]
-        if _takes(segments[-1][1], LOGITS_FROM):
+        self._bound = [_Bound(shape, part, {**inputs, **part.given}, memory, slots) for part in parts]
+        if parts[-1].takes(LOGITS_FROM):
             self._bound[-1].give(LOGITS_FROM, self._logits_from)
 
     def run(self, x: Floats, last_positions: Sequence[int], rows: int = 1) -> Iterator[_Bound]:
@@ -359,13 +435,13 @@ class _Bound:
     def __init__(
         self,
         shape: LlamaShape,
-        span: Span,
-        session: ort.InferenceSession,
+        part: Loaded,
         inputs: Mapping[str, Array],
         memory: KeyValueMemory,
         slots: range,
     ) -> None:
-        self.span, self._session, self._binding = span, session, session.io_binding()
+        self.span, self._session, self._binding = part.span, part.session, part.session.io_binding()
+        span = part.span
         self.is_last = span.stop == shape.n_layers
         self._width, self._vocab_size = shape.width, shape.vocab_size
         self._slots, self._rows = len(slots), 0
@@ -463,11 +539,15 @@ class TokenSequence:
         begins = not self.length
         if begins:
             self._recall(ids)
-        left = [*ids[self.length if begins else 0 :], *draft]
+        left, n_logits = [*ids[self.length if begins else 0 :], *draft], 1 + len(draft)
+        if self._decoder.has_long and len(left) - len(draft) >= LONG:  # what reads many tokens has no head
+            for chunk in self._pieces(left[:-n_logits]):
+                self._read(chunk)
+            left = left[-n_logits:]
         found: list[Floats] = []
         for chunk in self._pieces(left):
             left = left[len(chunk) :]
-            rows = min(len(chunk), 1 + len(draft) - len(left))
+            rows = min(len(chunk), n_logits - len(left))
             logits = self._read(chunk, rows=max(1, rows))["logits"][0]
             if rows > 0:
                 found.append(logits.copy() if left else logits)
@@ -530,8 +610,8 @@ class TokenSequence:
     def _check(self, ids: Sequence[int]) -> None:
         check_room(ids, self._decoder.context, self.room)
 
-    def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False, rows: int = 1) -> _Bound:
-        """Read one chunk, alone, with logits of its last `rows`.
+    def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False, rows: int = 0) -> _Bound:
+        """Read one chunk, alone, with logits of its last `rows`, if they are wanted.
 
         Returns the segment after which `until` said so, or the last.
         """
@@ -542,8 +622,8 @@ class TokenSequence:
 
         def run() -> None:
             length = self.length + len(ids)
-            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, single=len(ids) == 1)
-            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1], rows):
+            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, len(ids), head=bool(rows))
+            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1], max(1, rows)):
                 found[:] = [segment]
                 if until(segment):
                     break

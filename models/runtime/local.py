@@ -21,10 +21,20 @@ from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
 from models.runtime.drafts import AnswerDraft, PromptLookup, ReadAhead
-from models.runtime.engine import Decoder, Embeddings, EngineOptions, Floats, TextEngine, TokenSequence, segments
+from models.runtime.engine import (
+    Decoder,
+    Embeddings,
+    EngineOptions,
+    Floats,
+    Loaded,
+    TextEngine,
+    TokenSequence,
+    load,
+    segments,
+)
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
-from models.runtime.providers import CPU
+from models.runtime.providers import CPU, int8_products_are_exact
 from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
@@ -232,10 +242,15 @@ class LocalTier:
             exported = ExportedDecoder.open(artifact, options)
             return cls(_card(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
-        decoders = {
-            v: Decoder(m.architecture, segments(artifact, v), embeddings, writing if v == PLAIN else options, turns)
-            for v in _variants(artifact)
-        }
+        many = _for_many_tokens(artifact, options)
+        bare = [part.without_adapter() for part in many]
+        decoders = {}
+        for v in _variants(artifact):
+            if m.lm_head and v == PLAIN:
+                parts = segments(artifact, v)
+                decoders[v] = Decoder(m.architecture, parts, embeddings, writing, turns, long=bare)
+            else:  # who writes no text reads many tokens at once
+                decoders[v] = Decoder(m.architecture, many or segments(artifact, v), embeddings, options, turns)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
@@ -287,6 +302,14 @@ def _variants(artifact: Artifact) -> list[str]:
     if not found or (artifact.manifest.lm_head and PLAIN not in found):
         raise ArtifactError(f"{artifact.path} has no graph to run; build the artifact again")
     return found
+
+
+def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]:
+    """The sessions for passes over many tokens, if they were built and this processor is exact with them."""
+    variant = _variants(artifact)[-1]
+    if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
+        return []
+    return load(segments(artifact, variant, prefill=True), options, rests=True)
 
 
 def _stats(turns: Turns, writing: Decoder | None, writer: TextWriter | None) -> TierStats:

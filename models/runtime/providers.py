@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 CPU = "CPU"
 PROVIDERS = {
@@ -28,6 +31,20 @@ def usable(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
     """
     names = [PROVIDERS[name] for name in (*wanted, CPU)]
     return list(dict.fromkeys(name for name in names if name in available))
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """Whether onnxruntime multiplies unsigned by signed bytes without saturating sums, and fast.
+
+    On x86 it needs VNNI: AVX2's own instruction adds pairs in 16 bits, which large codes overflow.
+    """
+    if platform.machine() in {"aarch64", "arm64"}:
+        return True
+    try:
+        return any(flag in Path("/proc/cpuinfo").read_text("ascii", "replace") for flag in ("avx512_vnni", "avx_vnni"))
+    except OSError:
+        return False
 
 
 def short_name(provider: str) -> str:
