@@ -139,10 +139,8 @@ def test_a_build_with_a_second_copy_is_another_build(path: Path, tmp_path: Path)
 def test_a_draft_is_verified_by_what_has_a_head(packed: PackedModel, n_draft: int) -> None:
     """However long it is; the prompt before it goes through the copy as it would alone."""
     draft = IDS[::-1][:n_draft]
-    wanted = []
     with writer(packed).sequence() as sequence:
-        for ids in (IDS, *([i] for i in draft)):
-            wanted.append(sequence.logits(ids).copy())
+        wanted = [sequence.logits(ids).copy() for ids in (IDS, *([i] for i in draft))]
     with writer(packed).sequence() as sequence:
         found = sequence.verify(IDS, draft)
     assert found.shape == (n_draft + 1, packed.shape.vocab_size)
