@@ -135,7 +135,7 @@ def test_a_build_with_a_second_copy_is_another_build(path: Path, tmp_path: Path)
     assert twice.has(graph_file(PLAIN, 0, prefill=True))
 
 
-@pytest.mark.parametrize("n_draft", [1, LONG + 8])
+@pytest.mark.parametrize("n_draft", [1, LONG + 4])
 def test_a_draft_is_verified_by_what_has_a_head(packed: PackedModel, n_draft: int) -> None:
     """However long it is; the prompt before it goes through the copy as it would alone."""
     draft = IDS[::-1][:n_draft]
