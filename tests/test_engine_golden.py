@@ -134,22 +134,6 @@ def test_smollm2_in_fp32_reproduces_them_with_any_draft(smollm2: GgufSource, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draft", ["", "The capital of France", "Once upon a time there was a lantern"])
-def test_smollm2_in_int4_says_the_same_with_exact_drafts(smollm2: GgufSource, tmp_path: Path, draft: str) -> None:
-    build(smollm2, tmp_path / "edge", "int4", None, quiet)
-    alone, ahead = (
-        LocalTier.open(tmp_path / "edge", "edge", exact_drafts=True, lookup_tokens=lookup) for lookup in (0, 4)
-    )
-    for text in ("What is the capital of France?", "Tell me a story.", "Count from one to ten, twice."):
-        chat, limits = Chat(({"role": "user", "content": text},)), Limits(max_tokens=60)
-        said = [token.id for token in alone.generate(chat, limits)]
-        own = "".join(token.text for token in alone.generate(chat, limits))
-        for tier in (alone, ahead):
-            drafted = replace(limits, draft=draft or own)
-            assert [token.id for token in tier.generate(chat, drafted)] == said
-
-
-@pytest.mark.slow
 def test_smollm2_in_int4_loses_little(smollm2: GgufSource, tmp_path: Path) -> None:
     """The file's own grid is kept; what is lost comes from rounding activations to int8."""
     texts = golden_texts(DATA / "smollm2" / "golden.json")
@@ -197,10 +181,28 @@ HELD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def smollm2_tier(smollm2: GgufSource, tmp_path_factory: pytest.TempPathFactory) -> LocalTier:
+def smollm2_int4(smollm2: GgufSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "edge"
     build(smollm2, folder, "int4", None, quiet)
-    return LocalTier.open(folder, "edge")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smollm2_tier(smollm2_int4: Path) -> LocalTier:
+    return LocalTier.open(smollm2_int4, "edge")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["", "The capital of France", "Once upon a time there was a lantern"])
+def test_smollm2_in_int4_says_the_same_with_exact_drafts(smollm2_int4: Path, draft: str) -> None:
+    alone, ahead = (LocalTier.open(smollm2_int4, "edge", exact_drafts=True, lookup_tokens=lookup) for lookup in (0, 4))
+    for text in ("What is the capital of France?", "Tell me a story.", "Count from one to ten, twice."):
+        chat, limits = Chat(({"role": "user", "content": text},)), Limits(max_tokens=60)
+        said = [token.id for token in alone.generate(chat, limits)]
+        own = "".join(token.text for token in alone.generate(chat, limits))
+        for tier in (alone, ahead):
+            drafted = replace(limits, draft=draft or own)
+            assert [token.id for token in tier.generate(chat, drafted)] == said
 
 
 @pytest.mark.slow
