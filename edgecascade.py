@@ -328,6 +328,36 @@ def grammar(
     report(measure(tier, rounds, max_tokens, threads))
 
 
+@bench_app.command("drafts")
+def drafts(
+    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
+    data: Annotated[Path | None, typer.Option(help="JSON lines with texts, or the sets' folder; else our own.")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="At most so many, drawn by a fixed seed.")] = 1000,
+    source: Annotated[
+        str, typer.Option("--drafts", help="own: the tier's answers; none; or the folder of a tier that writes them.")
+    ] = "own",
+    corrupt: Annotated[float, typer.Option(min=0, max=1, help="Share of a draft's words that are replaced.")] = 0.1,
+    lookup: Annotated[int, typer.Option(min=0, max=16, help="LOOKUP_TOKENS of the tier that is given drafts.")] = 0,
+    exact: Annotated[bool, typer.Option(help="Run the tier with EXACT_DRAFTS.")] = True,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens an answer.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+) -> None:
+    """Measure what drafts of answers save, and whether they change the answers; the last line is JSON.
+
+    Examples: edgecascade bench drafts var/edge --corrupt 0.2 --queries 200
+              edgecascade bench drafts var/edge --drafts var/edge-gptq --corrupt 0
+              edgecascade bench drafts var/edge --drafts none --lookup 4
+    """
+    from bench.drafts import Plan, figures, measure, report
+    from bench.queries import OWN_QUERIES, sample
+
+    found = _queries(data or OWN_QUERIES, "test", "assistant")
+    texts = [query.text for query in sample(found, queries)]
+    with _bar("asking") as progress:
+        asked = measure(Plan(tier, source, corrupt, lookup, exact, max_tokens, threads), texts, progress)
+    report(figures(asked))
+
+
 @bench_app.command("load")
 def load(
     url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],

@@ -1,10 +1,12 @@
 """Decides what happens next to a request, and does nothing else: no clock, no network, no state."""
 
+from routing.drafts import Acceptance, worth_drafting
 from routing.route import route, threshold_of
 from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Outcome, Policy, Request, Step
 
 __all__ = [
     "CHAT",
+    "Acceptance",
     "Answer",
     "Conditions",
     "Failure",
@@ -16,4 +18,5 @@ __all__ = [
     "Step",
     "route",
     "threshold_of",
+    "worth_drafting",
 ]

@@ -25,7 +25,7 @@ from functions.federation.config import FederationConfig
 from functions.serving.settings import Common, TierConfig
 from functions.serving.tier_app import create_tier_app, create_tier_server
 from models.errors import PromptError, PromptTooLongError
-from models.runtime.tier import Chat, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
+from models.runtime.tier import Chat, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.skills import OUT_OF_SCOPE, Skill, SkillSet
 
 SKILLS = SkillSet(
@@ -63,8 +63,9 @@ class FakeTier:
     """Answers by rule.
 
     A skill query with 'maybe' in it is answered unsurely, one with 'nonsense' is out of scope; a chat is answered
-    with the words of `says`, over and over up to `max_tokens` if `endless`. `before_token` is called with a token's
-    index before it is given; `closed` counts the streams that ended, for whatever reason.
+    with the words of `says`, over and over up to `max_tokens` if `endless`; of a draft it accepts all but the last
+    word. `before_token` is called with a token's index before it is given; `closed` counts the streams that ended, for
+    whatever reason.
     """
 
     card: TierCard = field(default_factory=card)
@@ -125,7 +126,9 @@ class FakeTier:
             last = index == count - 1
             reason = ("length" if self.endless or count < len(words) else "stop") if last else None
             rivals = tuple((f"rival{n}", -2.0 - n) for n in range(limits.top_logprobs))
-            yield Token(text, math.log(0.5), 0.4, index, rivals, reason)
+            proposed = len(limits.draft.split())
+            draft = DraftUse(proposed, proposed - 1) if proposed else None
+            yield Token(text, math.log(0.5), 0.4, index, rivals, reason, draft=draft)
 
 
 class _Quiet(WSGIRequestHandler):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from tokenizers import Tokenizer
 
 from models.artifact.keys import LocalKey
 from models.artifact.store import Artifact
@@ -21,7 +24,7 @@ from models.build.seal import seal_artifact
 from models.build.verify import GoldenCase, golden, golden_cases, golden_texts, report_golden
 from models.errors import DataError
 from models.runtime.local import LocalTier
-from models.runtime.tier import Chat, JsonForm, Limits, Tool, ToolUse
+from models.runtime.tier import Chat, DraftUse, JsonForm, Limits, Tool, ToolUse
 from tests.tiny_models import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +76,32 @@ def test_stories260k_tells_them_together_and_from_the_cache(tmp_path: Path) -> N
     assert all(a and b for a, b in told_together(tmp_path / "out", folder / "golden.json", threads=1))
 
 
+def told_with_drafts(artifact: Path, golden_path: Path, threads: int = 1) -> Iterator[tuple[bool, DraftUse]]:
+    """Whether each golden text comes out with itself as a draft, as it is and with a word in its middle changed."""
+    tier = LocalTier.open(artifact, "golden", threads, lookup_tokens=4)
+    tokenizer = Tokenizer.from_str(Artifact.open(artifact).tokenizer_json())
+    assert tier._writer is not None
+    for case in golden_cases(golden_path):
+        text = tokenizer.decode(list(case.greedy_ids))
+        words = text.split(" ")
+        words[len(words) // 2] = "lantern"
+        for draft in (text, " ".join(words)):
+            limits = Limits(max_tokens=len(case.greedy_ids), draft=draft)
+            tokens = list(tier._writer.write(case.prompt_ids, limits))
+            assert tokens[-1].draft is not None
+            yield tuple(token.id for token in tokens) == case.greedy_ids, tokens[-1].draft
+
+
+def test_stories260k_tells_them_with_any_draft(tmp_path: Path) -> None:
+    folder = DATA / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the model stories260k is absent")
+    build(HubSource(folder), tmp_path / "out", "fp32", None, quiet)
+    told = list(told_with_drafts(tmp_path / "out", folder / "golden.json"))
+    assert all(same for same, _ in told)
+    assert sum(use.accepted for _, use in told[::2]) > 0.5 * sum(use.proposed for _, use in told[::2]) > 0
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> GgufSource:
     path = HOME / "cache" / Path(MEMBER).name
@@ -94,6 +123,14 @@ def test_smollm2_in_fp32_reproduces_all_golden_texts(smollm2: GgufSource, tmp_pa
 def test_smollm2_in_fp32_reproduces_them_together_and_from_the_cache(smollm2: GgufSource, tmp_path: Path) -> None:
     build(smollm2, tmp_path / "out", "fp32", None, quiet)
     assert all(a and b for a, b in told_together(tmp_path / "out", DATA / "smollm2" / "golden.json"))
+
+
+@pytest.mark.slow
+def test_smollm2_in_fp32_reproduces_them_with_any_draft(smollm2: GgufSource, tmp_path: Path) -> None:
+    build(smollm2, tmp_path / "out", "fp32", None, quiet)
+    told = list(told_with_drafts(tmp_path / "out", DATA / "smollm2" / "golden.json", threads=2))
+    assert all(same for same, _ in told)
+    assert sum(use.accepted for _, use in told[::2]) > 0.9 * sum(use.proposed for _, use in told[::2])
 
 
 @pytest.mark.slow
@@ -144,10 +181,28 @@ HELD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def smollm2_tier(smollm2: GgufSource, tmp_path_factory: pytest.TempPathFactory) -> LocalTier:
+def smollm2_int4(smollm2: GgufSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "edge"
     build(smollm2, folder, "int4", None, quiet)
-    return LocalTier.open(folder, "edge")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smollm2_tier(smollm2_int4: Path) -> LocalTier:
+    return LocalTier.open(smollm2_int4, "edge")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["", "The capital of France", "Once upon a time there was a lantern"])
+def test_smollm2_in_int4_says_the_same_with_exact_drafts(smollm2_int4: Path, draft: str) -> None:
+    alone, ahead = (LocalTier.open(smollm2_int4, "edge", exact_drafts=True, lookup_tokens=lookup) for lookup in (0, 4))
+    for text in ("What is the capital of France?", "Tell me a story.", "Count from one to ten, twice."):
+        chat, limits = Chat(({"role": "user", "content": text},)), Limits(max_tokens=60)
+        said = [token.id for token in alone.generate(chat, limits)]
+        own = "".join(token.text for token in alone.generate(chat, limits))
+        for tier in (alone, ahead):
+            drafted = replace(limits, draft=draft or own)
+            assert [token.id for token in tier.generate(chat, drafted)] == said
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,9 +53,30 @@ def device_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "device"
 
 
+class Drafted:
+    """A tier that reads ahead and gets a draft with whatever it is asked; what came of it is left out."""
+
+    def __init__(self, tier: LocalTier) -> None:
+        self._tier, self.card = tier, tier.card
+        self.count_tokens, self.stats, self.label_logits = tier.count_tokens, tier.stats, tier.label_logits
+
+    def generate(self, prompt: Prompt, limits: Limits) -> Iterator[Token]:
+        return self._bare(self._tier.generate(prompt, replace(limits, draft=f"{limits.draft}the then")))
+
+    def _bare(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        with closing(tokens):  # type: ignore[type-var]
+            yield from (replace(token, draft=None) for token in tokens)
+
+
 @pytest.fixture(scope="module")
 def edge(edge_path: Path) -> LocalTier:
     return LocalTier.open(edge_path, "edge", threads=1)
+
+
+@pytest.fixture(scope="module")
+def drafted(edge_path: Path) -> Drafted:
+    """The edge tier, given drafts."""
+    return Drafted(LocalTier.open(edge_path, "edge", threads=1, lookup_tokens=4, exact_drafts=True))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +92,13 @@ def sealed(edge_path: Path) -> LocalTier:
     return LocalTier.open(path, "edge", threads=1, keys=keys, signer=public_key_of(signing_key))
 
 
-@pytest.fixture(params=["edge", "device", "sealed"])
+@pytest.fixture(params=["edge", "drafted"])
+def writer(request: pytest.FixtureRequest) -> Tier:
+    found: Tier = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["edge", "drafted", "device", "sealed"])
 def tier(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found
@@ -130,18 +160,18 @@ def test_what_is_no_frame_is_not_of_the_schema(frame: object) -> None:
         Draft202012Validator(schema).validate(frame)
 
 
-def test_an_answer_has_the_form_that_is_asked_for(edge: LocalTier) -> None:
+def test_an_answer_has_the_form_that_is_asked_for(writer: Tier) -> None:
     form = JsonForm('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}')
-    values = json.loads("".join(t.text for t in answer(edge, Completion("the"), Limits(max_tokens=50, json=form))))
+    values = json.loads("".join(t.text for t in answer(writer, Completion("the"), Limits(max_tokens=50, json=form))))
     assert 2 <= len(values) <= 3
     assert set(values) <= {"a", "b"}
-    frame = answer(edge, SkillQuery("lamp", "on"), Limits(json=form))
-    assert frame == answer(edge, SkillQuery("lamp", "on"), Limits()), "a frame has a form of its own"
+    frame = answer(writer, SkillQuery("lamp", "on"), Limits(json=form))
+    assert frame == answer(writer, SkillQuery("lamp", "on"), Limits()), "a frame has a form of its own"
 
 
-def test_a_form_that_cannot_be_kept_to_is_refused_at_once(edge: LocalTier) -> None:
+def test_a_form_that_cannot_be_kept_to_is_refused_at_once(writer: Tier) -> None:
     with pytest.raises(PromptError) as caught:
-        edge.generate(Completion("the"), Limits(json=JsonForm('{"type": "wizard"}')))
+        writer.generate(Completion("the"), Limits(json=JsonForm('{"type": "wizard"}')))
     assert caught.value.field == "response_format.json_schema.schema"
 
 
@@ -201,11 +231,11 @@ def test_early_exits_answer_when_they_are_sure_enough(device_path: Path, device:
     assert answer(always, SkillQuery("radio", "play"))[0].exit_layer is None, "slots need the whole model"
 
 
-def test_chats_are_read_by_the_model_s_own_template(edge: LocalTier) -> None:
+def test_chats_are_read_by_the_model_s_own_template(writer: Tier) -> None:
     chat = Chat(({"role": "user", "content": "the"},))
     text = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
-    assert answer(edge, chat) == answer(edge, Completion(text))
-    assert edge.count_tokens(chat) == edge.count_tokens(Completion(text)) == 21
+    assert answer(writer, chat) == answer(writer, Completion(text))
+    assert writer.count_tokens(chat) == writer.count_tokens(Completion(text)) == 21
 
 
 def test_an_adapter_beside_the_weights_does_not_touch_text(edge: LocalTier, edge_path: Path) -> None:
@@ -214,8 +244,8 @@ def test_an_adapter_beside_the_weights_does_not_touch_text(edge: LocalTier, edge
     assert answer(edge, Completion(" the")) == answer(LocalTier.open(base, "edge", threads=1), Completion(" the"))
 
 
-def test_a_seed_repeats_an_answer(edge: LocalTier) -> None:
-    drawn = [answer(edge, Completion("a"), Limits(max_tokens=20, temperature=1.5, seed=s)) for s in (1, 1, 2)]
+def test_a_seed_repeats_an_answer(writer: Tier) -> None:
+    drawn = [answer(writer, Completion("a"), Limits(max_tokens=20, temperature=1.5, seed=s)) for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -231,9 +261,9 @@ def test_closing_an_answer_frees_its_session(edge_path: Path) -> None:
     assert answer(tier, Completion("a"), LIMITS)
 
 
-def test_an_answer_ends_where_the_context_does(edge: LocalTier) -> None:
+def test_an_answer_ends_where_the_context_does(writer: Tier) -> None:
     """Two tokens of room; the random model may end sooner by an end token, with probability about 2/262."""
-    tokens = answer(edge, Completion("b" * (SHAPE.context - 2)), Limits(max_tokens=50))
+    tokens = answer(writer, Completion("b" * (SHAPE.context - 2)), Limits(max_tokens=50))
     assert len(tokens) == 2
     assert tokens[-1].finish_reason == "length"
 
@@ -273,9 +303,9 @@ def test_a_prompt_that_cannot_be_taken_is_refused_at_once(
     assert answer(tier, SkillQuery("lamp", "on")), "the next request works"
 
 
-def test_overlong_is_told_apart(edge: LocalTier) -> None:
+def test_overlong_is_told_apart(writer: Tier) -> None:
     with pytest.raises(PromptTooLongError):
-        edge.generate(Completion("b" * SHAPE.context), LIMITS)
+        writer.generate(Completion("b" * SHAPE.context), LIMITS)
 
 
 def test_a_tier_without_skills_says_so(edge_path: Path) -> None:

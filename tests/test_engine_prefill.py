@@ -133,3 +133,26 @@ def test_a_build_with_a_second_copy_is_another_build(path: Path, tmp_path: Path)
     twice = build(GgufSource(path), tmp_path / "out", "int4", None, quiet, prefill=True)
     assert replace(once.manifest, files={}).made["key"] != replace(twice.manifest, files={}).made["key"]
     assert twice.has(graph_file(PLAIN, 0, prefill=True))
+
+
+@pytest.mark.parametrize("n_draft", [1, LONG + 4])
+def test_a_draft_is_verified_by_what_has_a_head(packed: PackedModel, n_draft: int) -> None:
+    """However long it is; the prompt before it goes through the copy as it would alone."""
+    draft = IDS[::-1][:n_draft]
+    with writer(packed).sequence() as sequence:
+        wanted = [sequence.logits(ids).copy() for ids in (IDS, *([i] for i in draft))]
+    with writer(packed).sequence() as sequence:
+        found = sequence.verify(IDS, draft)
+    assert found.shape == (n_draft + 1, packed.shape.vocab_size)
+    assert relative_error(found, np.array(wanted)) < 0.02
+
+
+def test_exact_drafts_do_without_the_copy(packed: PackedModel) -> None:
+    long = [part.without_adapter() for part in load(packed.segments(FRAMES, prefill=True), OPTIONS, rests=True)]
+    options = replace(OPTIONS, exact_drafts=True)
+    decoder = Decoder(packed.shape, packed.segments(PLAIN), embeddings(packed), options, long=long)
+    assert not decoder.has_long
+    with decoder.sequence() as sequence:
+        wanted = [sequence.logits(ids).copy() for ids in (IDS, IDS[:1], IDS[1:2])]
+    with decoder.sequence() as sequence:
+        assert np.array_equal(sequence.verify(IDS, IDS[:2]), wanted)

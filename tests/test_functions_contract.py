@@ -171,6 +171,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str]] = [
     (CHAT, chat_with(out_of_scope="maybe"), 422, "out_of_scope"),
     (CHAT, chat_with(local_only="yes"), 422, "local_only"),
     (CHAT, chat_with(confidence_threshold=1.5), 422, "confidence_threshold"),
+    (CHAT, chat_with(edgecascade_draft=""), 422, "edgecascade_draft"),
+    (CHAT, chat_with(edgecascade_draft=["a"]), 422, "edgecascade_draft"),
+    (CHAT, chat_with(edgecascade_draft="x" * 16_385), 422, "edgecascade_draft"),
     (TEXT, {}, 422, "prompt"),
     (TEXT, {"prompt": ""}, 422, "prompt"),
     (TEXT, {"prompt": [1, 2, 3]}, 422, "prompt"),
@@ -188,6 +191,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], int, str]] = [
     (INVOKE, {"text": "a", "prompt": "b"}, 422, "text"),
     (INVOKE, {"text": 5}, 422, "text"),
     (INVOKE, {"text": "a", "stream": True}, 422, "stream"),
+    (INVOKE, {"text": "a", "edgecascade_draft": "b"}, 422, "edgecascade_draft"),
     (INVOKE, {"prompt": "word " * 600}, 400, "text"),
 ]
 
@@ -288,6 +292,8 @@ HARMLESS: list[dict[str, Any]] = [
             {"role": "tool", "content": "4", "tool_call_id": "c1"},
         ]
     },
+    {"edgecascade_draft": None},
+    {"edgecascade_draft": "x" * 16_384},
     {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y"},
     {"max_completion_tokens": 5, "temperature": 1, "top_p": 1, "seed": 3, "stop": None, "reasoning_effort": None},
     {

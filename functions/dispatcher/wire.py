@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from functions.serving.ask import CHAT, Ask, Message, Shape
 from functions.serving.events import CallDelta, End, Event, Logprob, Piece, Report, Start, Usage
+from functions.serving.schema import MAX_DRAFT
 from models.runtime.tier import JsonForm, Tool, ToolUse
 
 _DATA = "data:"
@@ -44,8 +45,11 @@ def path_of(ask: Ask) -> str:
     return "/v1/completions" if is_completion(ask) else "/v1/chat/completions"
 
 
-def request_body(ask: Ask, model: str, *, stream: bool) -> dict[str, Any]:
-    """The JSON to send; `model` is the tier's name."""
+def request_body(ask: Ask, model: str, *, stream: bool, draft: str | None = None) -> dict[str, Any]:
+    """The JSON to send; `model` is the tier's name.
+
+    `draft` is another tier's answer, in place of the caller's own draft; what is too long for a draft is cut.
+    """
     sampling = ask.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -56,6 +60,7 @@ def request_body(ask: Ask, model: str, *, stream: bool) -> dict[str, Any]:
         "seed": sampling.seed,
         "stop": list(sampling.stop) or None,
         "confidence_threshold": ask.threshold,
+        "edgecascade_draft": (draft or ask.draft)[:MAX_DRAFT] or None,
         **_input(ask),
     }
     if stream:

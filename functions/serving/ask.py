@@ -56,8 +56,8 @@ class Ask:
     """What is asked of a function.
 
     `messages` holds at least one turn of the user (for `Shape.COMPLETION` there are none, but a `prompt`).
-    `json` and `tools` are the form that a chat's answer must have. `deadline_s` is what the caller grants, None if it
-    said nothing.
+    `json` and `tools` are the form that a chat's answer must have. `draft` is what the answer may begin with.
+    `deadline_s` is what the caller grants, None if it said nothing.
     """
 
     shape: Shape
@@ -68,6 +68,7 @@ class Ask:
     sampling: Sampling = Sampling()
     json: JsonForm | None = None
     tools: ToolUse | None = None
+    draft: str = ""
     stream: bool = False
     include_usage: bool = False
     deadline_s: float | None = None

@@ -48,6 +48,18 @@ class Joules(Value):
     source: str
 
 
+class Draft(Value):
+    """What came of a draft: its tokens that the tier looked at, and those that it would have said itself.
+
+    `ignored`: it looked at none, since its answer is a frame, which takes no steps that could be saved, or since its
+    graph cannot verify several tokens.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    ignored: bool = False
+
+
 class Report(Value):
     """The `edgecascade` object: who answered, why, how sure, at what cost."""
 
@@ -63,6 +75,7 @@ class Report(Value):
     timing_ms: Timing = Timing()
     network_bytes: NetworkBytes = NetworkBytes()
     joules: Joules | None = None
+    draft: Draft | None = None
 
     def headers(self) -> dict[str, str]:
         """The same in headers, as far as it is known."""

@@ -140,6 +140,10 @@ class _TierCollector(Collector):
         yield self._gauge("prefix_held_bytes", "What it holds.", stats.prefix_held_bytes)
         yield self._counter("passes", "Forward passes of single tokens.", stats.passes)
         yield self._counter("pass_tokens", "Tokens in them; more than one each where answers share.", stats.pass_tokens)
+        for source in ("draft", "lookup"):
+            proposed, accepted = (getattr(stats, f"{source}_{what}_tokens") for what in ("proposed", "accepted"))
+            yield self._counter(f"{source}_proposed_tokens", f"Tokens that a {source} proposed.", proposed)
+            yield self._counter(f"{source}_accepted_tokens", "Those that the model said too.", accepted)
         yield self._gauge("execution_provider", "1 for the one in use.", 1, provider=self.provider)
 
     def _counter(self, name: str, text: str, value: float) -> Metric:

@@ -29,6 +29,17 @@ from models.runtime.tier import JsonForm, ToolUse
 MAX_MESSAGES = 256
 MAX_TOKENS = 8192
 MAX_DEADLINE_MS = 3_600_000.0
+MAX_DRAFT = 16_384
+
+Draft = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=MAX_DRAFT,
+        description="What the answer may begin with, such as a smaller model's answer: the model reads it along and "
+        "writes on from where it disagrees, which takes less time. Of no use to skills, whose frames are not written.",
+    ),
+]
 
 _CHAT = (None, "chat")
 _NOTHING: tuple[Any, ...] = (None,)
@@ -138,6 +149,7 @@ class Common(Strict):
 class OpenAiCommon(Common):
     """What chat and text completions share of OpenAI's schema."""
 
+    edgecascade_draft: Draft | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -29,6 +29,8 @@ TIER_KEYS = (
     "TIER_NAME",
     "THREADS",
     "PREFIX_CACHE_MB",
+    "LOOKUP_TOKENS",
+    "EXACT_DRAFTS",
     "EXECUTION_PROVIDERS",
 )
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
@@ -63,15 +65,17 @@ FOREIGN_KEYS = (
     "DEVICE_KEY_FILE",
     "DEVICE_PUBLIC_KEY",
     "EDGECASCADE_HOME",
+    "EDGE_EXACT_DRAFTS",
     "EDGE_EXECUTION_PROVIDERS",
     "EDGE_KEY_FILE",
+    "EDGE_LOOKUP_TOKENS",
     "EDGE_PREFIX_CACHE_MB",
     "EDGE_PUBLIC_KEY",
     "EDGE_THREADS",
 )
 
 _OURS = re.compile(
-    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXECUTION_|FEDERATION_|MAX_BODY|MAX_INFLIGHT"
+    r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LOOKUP_|MAX_BODY|MAX_INFLIGHT"
     r"|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
@@ -194,7 +198,10 @@ class KeySettings:
 
 @dataclass(frozen=True)
 class TierConfig:
-    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used."""
+    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
+
+    `lookup_tokens` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
+    """
 
     name: str
     model_path: str
@@ -202,6 +209,8 @@ class TierConfig:
     keys: KeySettings = KeySettings()
     prefix_cache_bytes: int = 32 << 20
     providers: tuple[str, ...] = (CPU,)
+    lookup_tokens: int = 0
+    exact_drafts: bool = False
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -216,5 +225,7 @@ class TierConfig:
             keys=KeySettings.read(environment),
             prefix_cache_bytes=environment.integer("PREFIX_CACHE_MB", cls.prefix_cache_bytes >> 20, 0, 1 << 20) << 20,
             providers=environment.choices("EXECUTION_PROVIDERS", cls.providers, PROVIDERS),
+            lookup_tokens=environment.integer("LOOKUP_TOKENS", cls.lookup_tokens, 0, 16),
+            exact_drafts=bool(environment.integer("EXACT_DRAFTS", cls.exact_drafts, 0, 1)),
             common=Common.read(environment, max_inflight=2),
         )

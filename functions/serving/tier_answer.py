@@ -12,7 +12,7 @@ from typing import Any, cast
 from functions.serving.ask import CHAT, Ask, Call, Clocked, Message, Shape
 from functions.serving.calls import CallReader
 from functions.serving.errors import BrokenOffError, ClientLeftError, RefusedError, from_prompt_error
-from functions.serving.events import End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
+from functions.serving.events import Draft, End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
 from models.errors import AbandonedError, PromptError
 from models.runtime.confidence import Confidence
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, TierCard, Token
@@ -109,6 +109,7 @@ class Answerer:
             node_id=self.node_id,
             timing_ms=decode.timing(clocked, self.clock()),
             joules=_joules(card, decode),
+            draft=_draft(decode.tokens[-1]) if ask.draft else None,
         )
 
     def _judged(self, report: Report, ask: Ask, frame: dict[str, Any], decode: _Decode) -> Report:
@@ -203,6 +204,7 @@ def _limits(ask: Ask, card: TierCard, clocked: Clocked) -> Limits:
         stop=sampling.stop,
         json=ask.json,
         tools=ask.tools,
+        draft=ask.draft,
     )
 
 
@@ -215,6 +217,13 @@ def _frame(text: str) -> tuple[dict[str, Any] | None, str]:
             continue
         return (frame, tail) if isinstance(frame, dict) else (None, "")
     return None, ""
+
+
+def _draft(token: Token) -> Draft:
+    """What the tier says of the draft with its last token."""
+    if token.draft is None:
+        return Draft(ignored=True)
+    return Draft(proposed=token.draft.proposed, accepted=token.draft.accepted)
 
 
 def _joules(card: TierCard, decode: _Decode) -> Joules | None:

@@ -43,6 +43,8 @@ def local_loader(settings: KeySettings) -> Load:
             sequences=config.common.max_inflight,
             prefix_cache_bytes=config.prefix_cache_bytes,
             providers=config.providers,
+            lookup_tokens=config.lookup_tokens,
+            exact_drafts=config.exact_drafts,
             keys=wrapper,
             signer=signer,
         )

@@ -32,6 +32,9 @@ _LAYER_FILE = re.compile(r"(?:layer|adapter|prefill)-(\d{3,})\.safetensors")
 PLAIN, FRAMES = "plain", "frames"
 """Graph variants: the model as it is, and the model with its adapter beside the weights."""
 
+LOGITS_FROM = "logits_from"
+"""The graph's input that says from which position on it gives logits; graphs of before drafts have none."""
+
 
 def layer_file(layer: int) -> str:
     """File of one layer's weights."""

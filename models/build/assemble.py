@@ -23,7 +23,7 @@ from models.build.quantise import Array
 from models.build.source import SkilledSource, SkillHead, TensorSource
 from models.errors import ArtifactError, SourceError
 
-BUILDER = 3
+BUILDER = 4
 """Raised whenever the same source would give another artifact: cached builds are then made again."""
 
 

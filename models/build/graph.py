@@ -1,10 +1,10 @@
 """Assemble a decoder of the Llama kind as an ONNX graph without weights.
 
 The graph reads fp32 embeddings `x` (B, T, C) of B sequences and extends static key-value buffers in place; it gives
-`hidden` (B, T, C), normalised, and, if it has the vocabulary head, `logits` of the last position. Each sequence has a
-`last_position` of its own. onnxruntime's attention takes B > 1 for T = 1 only. A span that does not end the
-model hands its residual stream on as `carried`. Weights are initializers named as in `models.artifact.names`, to be
-handed in when a session is made.
+`hidden` (B, T, C), normalised, and, if it has the vocabulary head, `logits` of the positions from `logits_from` on
+(−1: the last one only). Each sequence has a `last_position` of its own. onnxruntime's attention takes B > 1 for T = 1
+only. A span that does not end the model hands its residual stream on as `carried`. Weights are initializers named as in
+`models.artifact.names`, to be handed in when a session is made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from models.artifact.names import BLOCK, BYTE, INT8_MAX, Span, bits_and_block, file_of
+from models.artifact.names import BLOCK, BYTE, INT8_MAX, LOGITS_FROM, Span, bits_and_block, file_of
 from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
@@ -304,9 +304,10 @@ class _Builder:
         return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
 
     def last_logits(self, hidden: str) -> str:
-        """Add the vocabulary head on the last position."""
-        ends = [self.constant(name, [value]) for name, value in (("last", -1), ("end", 2**31 - 1), ("time_axis", 1))]
-        return self.project("head", self.node("Slice", [hidden, *ends], ["last_hidden"]), self._shape.width)
+        """Add the vocabulary head on the last positions, from the one on that an input names."""
+        ends = [self.constant(name, [value]) for name, value in (("end", 2**31 - 1), ("time_axis", 1))]
+        last = self.node("Slice", [hidden, LOGITS_FROM, *ends], ["last_hidden"])
+        return self.project("head", last, self._shape.width)
 
     def model(self, span: Span, outputs: Mapping[str, str]) -> ModelProto:
         """Close the graph of a span; `outputs` maps result names to values."""
@@ -317,7 +318,8 @@ class _Builder:
         inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
         tables = ("cos", "sin", *(("local_cos", "local_sin") if s.local_rope_theta else ()))
         inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables] + self._given
-        dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", 1, s.vocab_size]}
+        inputs += [_value(LOGITS_FROM, [1], TensorProto.INT64)] if span.head else []
+        dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", "R", s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {
             name: (value, dims[name]) for name, value in outputs.items()
         }

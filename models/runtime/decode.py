@@ -100,6 +100,9 @@ class Guide(Protocol):
     def take(self, token_id: int) -> None:
         """Go on past an id that was chosen from what `masked` left."""
 
+    def allowed(self, ids: Sequence[int]) -> int:
+        """How many of the first of `ids` may come next, one after the other; nothing is taken."""
+
 
 class Free:
     """A guide that lets the model say anything."""
@@ -116,6 +119,10 @@ class Free:
 
     def take(self, token_id: int) -> None:
         """Nothing to note."""
+
+    def allowed(self, ids: Sequence[int]) -> int:
+        """All of them."""
+        return len(ids)
 
 
 FREE = Free()

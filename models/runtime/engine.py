@@ -25,6 +25,7 @@ from models.artifact.names import (
     BYTE,
     FRAMES,
     HEAD,
+    LOGITS_FROM,
     PLAIN,
     Span,
     adapter_file,
@@ -48,6 +49,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 CHUNK = 256
 """Tokens that go through the model at once; a longer prompt goes in pieces, so that memory stays bounded."""
+TILE = 16
+"""onnxruntime's attention takes queries in tiles of twice the head's width, which is a multiple of this."""
 
 
 SPIN_US = 1000
@@ -68,6 +71,10 @@ class EngineOptions:
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used.
+
+    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
+    alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
+    more, passes are not shared, and prompts take no segments for many tokens.
     """
 
     threads: int = 2
@@ -76,6 +83,7 @@ class EngineOptions:
     sequences: int = 4
     prefix_cache_bytes: int = 0
     providers: Sequence[str] = (CPU,)
+    exact_drafts: bool = False
 
 
 class TextSequence(Protocol):
@@ -152,6 +160,10 @@ class Loaded:
     session: ort.InferenceSession
     given: Mapping[str, Array]
 
+    def takes(self, name: str) -> bool:
+        """Whether the graph has an input of that name."""
+        return any(wanted.name == name for wanted in self.session.get_inputs())
+
     def without_adapter(self) -> Loaded:
         """The same session with an adapter that adds nothing."""
         sizes = [value.size for value in self.given.values()]
@@ -217,7 +229,7 @@ class Decoder:
         self.memory = KeyValueMemory(shape, options.sequences, self.context)
         self.prefixes = _prefix_cache(shape, options)
         self._segments = _loaded(parts, options)
-        self._long = long
+        self._long = () if options.exact_drafts else long  # a token read again must be read as before
         self._rotary = rotary_tables(shape, self.context + 1)
         self._stacks: dict[tuple[range, _Pass], _Stack] = {}
         self._stacks_version = 0
@@ -233,8 +245,19 @@ class Decoder:
 
     @property
     def batches(self) -> bool:
-        """Whether the graphs take several sequences; older ones do not."""
-        return all(isinstance(part.session.get_inputs()[0].shape[0], str) for part in self._segments)
+        """Whether sequences may share passes; graphs of older artifacts take one at a time."""
+        several = all(isinstance(part.session.get_inputs()[0].shape[0], str) for part in self._segments)
+        return several and not self.options.exact_drafts
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the graph gives logits at several positions; older ones do not."""
+        return self._segments[-1].takes(LOGITS_FROM)
+
+    @property
+    def alone(self) -> bool:
+        """Whether at most one sequence is lent."""
+        return len(self._free) >= len(self._sequences) - 1
 
     @contextmanager
     def sequence(self, deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TokenSequence]:
@@ -262,12 +285,15 @@ class Decoder:
         """Whether passes over many tokens have segments of their own."""
         return bool(self._long)
 
-    def stack(self, slots: range, room: int, n_tokens: int) -> _Stack:
+    def stack(self, slots: range, room: int, n_tokens: int, *, head: bool = True) -> _Stack:
         """The segments for a pass of `n_tokens`, bound to slots with `room` tokens; only for whoever has the turn.
+
+        With `head` they give logits, whatever the number of tokens.
 
         Passes of single tokens have stacks of their own, so that nothing is bound anew from one to the next.
         """
-        kind = _Pass.SINGLE if n_tokens == 1 else _Pass.LONG if self._long and n_tokens >= LONG else _Pass.SHORT
+        long = self._long and n_tokens >= LONG and not head
+        kind = _Pass.SINGLE if n_tokens == 1 else _Pass.LONG if long else _Pass.SHORT
         self.memory.reserve(slots.stop, room)
         if self._stacks_version != self.memory.version:
             self._stacks, self._stacks_version = {}, self.memory.version
@@ -376,14 +402,22 @@ class _Stack:
         slots: range,
     ) -> None:
         self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
+        self._logits_from = np.full(1, -1, np.int64)
         inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
         inputs |= rotary
         self._bound = [_Bound(shape, part, {**inputs, **part.given}, memory, slots) for part in parts]
+        if parts[-1].takes(LOGITS_FROM):
+            self._bound[-1].give(LOGITS_FROM, self._logits_from)
 
-    def run(self, x: Floats, last_positions: Sequence[int]) -> Iterator[_Bound]:
-        """Run segment after segment on embeddings (B, T, C), whose last tokens go to `last_positions`."""
+    def run(self, x: Floats, last_positions: Sequence[int], rows: int = 1) -> Iterator[_Bound]:
+        """Run segment after segment on embeddings (B, T, C), whose last tokens go to `last_positions`.
+
+        `rows` is how many of the last tokens get logits.
+        """
         self._last_position[:] = last_positions
         self._total_length[0] = max(last_positions) + 1
+        self._logits_from[0] = -rows
+        self._bound[-1].make_room(rows)
         for segment in self._bound:
             segment.run(x)
             yield segment
@@ -391,7 +425,7 @@ class _Stack:
 
     @property
     def logits(self) -> Floats:
-        """The last run's (B, 1, V)."""
+        """The last run's (B, R, V)."""
         return self._bound[-1]["logits"]
 
 
@@ -409,19 +443,26 @@ class _Bound:
         self.span, self._session, self._binding = part.span, part.session, part.session.io_binding()
         span = part.span
         self.is_last = span.stop == shape.n_layers
-        self._width = shape.width
+        self._width, self._vocab_size = shape.width, shape.vocab_size
+        self._slots, self._rows = len(slots), 0
         self._kept: dict[str, Array] = {}
         self._x_shape: tuple[int, ...] = ()
         for name, value in inputs.items():
-            self._input(name, value)
+            self.give(name, value)
         for layer in span.layers:
             for kind, cache in zip(("key", "value"), memory.layer(layer, slots), strict=True):
-                self._input(f"past_{kind}.{layer}", cache)
+                self.give(f"past_{kind}.{layer}", cache)
                 self._output(f"present_{kind}.{layer}", cache)
-        if span.head:
-            self._output("logits", np.zeros((len(slots), 1, shape.vocab_size), np.float32))
+        self.make_room(1)
 
-    def _input(self, name: str, value: Array) -> None:
+    def make_room(self, rows: int) -> None:
+        """See to it that so many rows of logits have their place."""
+        if self.span.head and rows != self._rows:
+            self._rows = rows
+            self._output("logits", np.empty((self._slots, rows, self._vocab_size), np.float32))
+
+    def give(self, name: str, value: Array) -> None:
+        """Bind an input; it is read at each run."""
         self._kept[name] = value
         self._binding.bind_input(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
 
@@ -433,7 +474,7 @@ class _Bound:
         """Run on embeddings or a carried stream (B, T, C); results lie in `hidden`, `carried` and `logits`."""
         if x.shape != self._x_shape:
             self._x_shape = x.shape
-            self._input("x", np.empty_like(x))
+            self.give("x", np.empty_like(x))
             for name in ("hidden",) if self.is_last else ("hidden", "carried"):
                 self._output(name, np.empty((*x.shape[:2], self._width), np.float32))
         self._kept["x"][:] = x
@@ -465,6 +506,16 @@ class TokenSequence:
         """Tokens that still fit."""
         return 0 if self._ended else self._decoder.context - self.length
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the graph gives logits at several positions."""
+        return self._decoder.verifies
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other sequence is lent."""
+        return self._decoder.alone
+
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read ids and return logits (V,) for the next token; the array is overwritten by the next call.
 
@@ -475,19 +526,39 @@ class TokenSequence:
             self.next_id = ids[0]
             self._decoder.turns.take(self, self.deadline, self._decoder.step, shared=True)
             return self._logits
+        self._logits = self.verify(ids, ())[-1]
+        return self._logits
+
+    def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Floats:
+        """Read ids and a draft of what follows, and return logits (1 + len(draft), V): row k follows k of the draft.
+
+        That is one pass, or as many as the length takes. The array is overwritten by the next call; only where the
+        engine `verifies` may there be a draft.
+        """
+        self._check([*ids, *draft])
         begins = not self.length
         if begins:
             self._recall(ids)
-        ids = ids[self.length if begins else 0 :]
-        if self._decoder.has_long and len(ids) >= LONG:  # what reads many tokens has no head: the last one goes alone
-            for chunk in chunks(ids[:-1], self.gone):
+        left, n_logits = [*ids[self.length if begins else 0 :], *draft], 1 + len(draft)
+        if self._decoder.has_long and len(left) - len(draft) >= LONG:  # what reads many tokens has no head
+            for chunk in self._pieces(left[:-n_logits]):
                 self._read(chunk)
-            ids = ids[-1:]
-        for chunk in chunks(ids, self.gone):
-            self._logits = self._read(chunk)["logits"][0, -1]
+            left = left[-n_logits:]
+        found: list[Floats] = []
+        for chunk in self._pieces(left):
+            left = left[len(chunk) :]
+            rows = min(len(chunk), n_logits - len(left))
+            logits = self._read(chunk, rows=max(1, rows))["logits"][0]
+            if rows > 0:
+                found.append(logits.copy() if left else logits)
         if begins:
-            self.remember()
-        return self._logits
+            self.remember(self.length - len(draft))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; what the memory holds behind them is written anew."""
+        self.length = length
+        del self._ids[length:]
 
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
@@ -514,11 +585,12 @@ class TokenSequence:
         self.length += 1
         self._logits = logits.copy() if shared else logits
 
-    def remember(self) -> None:
-        """Leave what was read to the prefix cache."""
+    def remember(self, length: int | None = None) -> None:
+        """Leave what was read, or its first `length` tokens, to the prefix cache."""
         prefixes, memory = self._decoder.prefixes, self._decoder.memory
-        if prefixes is not None and not self._ended and self.length >= prefixes.block_tokens:
-            self._alone(lambda: prefixes.add(self._ids, lambda positions: memory.read(self.slot, positions)))
+        ids = self._ids[:length]
+        if prefixes is not None and not self._ended and len(ids) >= prefixes.block_tokens:
+            self._alone(lambda: prefixes.add(ids, lambda positions: memory.read(self.slot, positions)))
 
     def _recall(self, ids: Sequence[int]) -> None:
         """Take over what the prefix cache holds of `ids`."""
@@ -538,14 +610,20 @@ class TokenSequence:
     def _check(self, ids: Sequence[int]) -> None:
         check_room(ids, self._decoder.context, self.room)
 
-    def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False) -> _Bound:
-        """Read one chunk, alone; returns the segment after which `until` said so, or the last."""
+    def _read(self, ids: Sequence[int], until: Callable[[_Bound], bool] = lambda _: False, rows: int = 0) -> _Bound:
+        """Read one chunk, alone, with logits of its last `rows`, if they are wanted.
+
+        Returns the segment after which `until` said so, or the last.
+        """
+        if self._decoder.options.exact_drafts and self.length and len(ids) % TILE == 1:
+            ids = [self._ids[-1], *ids]  # once more: it leaves the same keys and values
+            self.rewind(self.length - 1)
         found: list[_Bound] = []
 
         def run() -> None:
             length = self.length + len(ids)
-            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, len(ids))
-            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1]):
+            stack = self._decoder.stack(range(self.slot, self.slot + 1), length, len(ids), head=bool(rows))
+            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1], max(1, rows)):
                 found[:] = [segment]
                 if until(segment):
                     break
@@ -553,6 +631,12 @@ class TokenSequence:
 
         self._alone(run)
         return found[0]
+
+    def _pieces(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Cut ids into chunks; with exact drafts the very first token, which sees only itself, may be one."""
+        for chunk in chunks(ids, self.gone):
+            cut = self._decoder.options.exact_drafts and not self.length and len(chunk) % TILE == 1 < len(chunk)
+            yield from (chunk[:1], chunk[1:]) if cut else (chunk,)
 
     def _grow(self, ids: Sequence[int]) -> None:
         self._ids += ids

@@ -112,6 +112,10 @@ class GrammarGuide:
         self._matcher.consume_token(token_id)
         self._check()
 
+    def allowed(self, ids: Sequence[int]) -> int:
+        """How many of the first of `ids` the grammar would take."""
+        return int(self._matcher.validate_tokens(list(ids)))
+
     def _check(self) -> None:
         """The bounds on the parser's work hold for each step, so that an answer may fail in its middle."""
         if self._matcher.is_error():

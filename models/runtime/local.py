@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
+from models.runtime.drafts import AnswerDraft, PromptLookup, ReadAhead
 from models.runtime.engine import (
     Decoder,
     Embeddings,
@@ -33,7 +35,7 @@ from models.runtime.engine import (
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
 from models.runtime.providers import CPU, int8_products_are_exact
-from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
+from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
@@ -115,12 +117,17 @@ class SkillReader:
 
 
 class TextWriter:
-    """Answers chats and completions with text."""
+    """Answers chats and completions with text.
 
-    def __init__(self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer) -> None:
+    `lookup_tokens` are at most proposed at once from what was said before; 0: none.
+    """
+
+    def __init__(self, artifact: Artifact, decoder: TextEngine, tokenizer: Tokenizer, lookup_tokens: int = 0) -> None:
         from models.runtime.grammar import Grammars  # a tier that answers skills only does without its 6 MB
 
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._decoder, self._tokenizer, self._lookup_tokens = decoder, tokenizer, lookup_tokens
+        self._lock = threading.Lock()
+        self.drafts, self.lookups = DraftUse(), DraftUse()
         template = artifact.manifest.chat_template
         self._template = ChatTemplate(template) if template else None
         self._control = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
@@ -164,7 +171,27 @@ class TextWriter:
     def _write(self, ids: Sequence[int], limits: Limits, guide: Guide) -> Iterator[Token]:
         """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
-            yield from decode(sequence.logits, ids, self._vocabulary, limits, sequence.room - len(ids), guide)
+            room = sequence.room - len(ids)
+            draft = self._tokenizer.encode(limits.draft, add_special_tokens=False).ids if limits.draft else []
+            if not (draft or self._lookup_tokens) or not isinstance(sequence, TokenSequence) or not sequence.verifies:
+                yield from decode(sequence.logits, ids, self._vocabulary, limits, room, guide)
+                return
+            drafted, lookup = AnswerDraft(draft), PromptLookup(self._lookup_tokens, (*draft, *ids))
+            proposers = (drafted, lookup) if self._lookup_tokens else (drafted,)
+            ahead = ReadAhead(sequence, ids, proposers, guide, min(limits.max_tokens, room))
+            try:
+                for token in decode(ahead.step, ids, self._vocabulary, limits, room, guide):
+                    use = DraftUse(drafted.proposed, drafted.accepted) if draft else None
+                    yield replace(token, draft=use)
+            finally:
+                self._count(drafted, lookup)
+
+    def _count(self, drafted: AnswerDraft, lookup: PromptLookup) -> None:
+        with self._lock:
+            self.drafts, self.lookups = (
+                DraftUse(before.proposed + now.proposed, before.accepted + now.accepted)
+                for before, now in ((self.drafts, drafted), (self.lookups, lookup))
+            )
 
 
 class LocalTier:
@@ -192,18 +219,22 @@ class LocalTier:
         sequences: int = 4,
         prefix_cache_bytes: int = 0,
         providers: Sequence[str] = (CPU,),
+        lookup_tokens: int = 0,
+        exact_drafts: bool = False,
         keys: KeyWrapper | None = None,
         signer: bytes | None = None,
     ) -> LocalTier:
         """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
-        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does. The
-        rest is explained in `EngineOptions`; the prefix cache is the text writer's.
+        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
+        `lookup_tokens` of repeated text are at most read ahead at once. The rest is explained in `EngineOptions`; the
+        prefix cache is the text writer's.
         """
         artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
         options = EngineOptions(threads, spin, context, sequences, providers=providers)
-        writing = replace(options, prefix_cache_bytes=prefix_cache_bytes if m.lm_head else 0)
+        cache_bytes = prefix_cache_bytes if m.lm_head else 0
+        writing = replace(options, prefix_cache_bytes=cache_bytes, exact_drafts=exact_drafts)
         turns = Turns()
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
         context = min(context, m.architecture.context)
@@ -222,9 +253,9 @@ class LocalTier:
                 decoders[v] = Decoder(m.architecture, many or segments(artifact, v), embeddings, options, turns)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
-        writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
+        writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
         card = _card(name, m, context, next(iter(decoders.values())).provider)
-        return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN)))
+        return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN), writer))
 
     @property
     def card(self) -> TierCard:
@@ -281,7 +312,8 @@ def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]
     return load(segments(artifact, variant, prefill=True), options, rests=True)
 
 
-def _stats(turns: Turns, writing: Decoder | None) -> TierStats:
+def _stats(turns: Turns, writing: Decoder | None, writer: TextWriter | None) -> TierStats:
+    drafts, lookups = (writer.drafts, writer.lookups) if writer else (DraftUse(), DraftUse())
     prefix = writing.prefixes.stats if writing and writing.prefixes else PrefixStats()
     return TierStats(
         prefix_asked_tokens=prefix.asked_tokens,
@@ -290,6 +322,10 @@ def _stats(turns: Turns, writing: Decoder | None) -> TierStats:
         prefix_held_bytes=prefix.held_bytes,
         passes=turns.stats.shared_runs,
         pass_tokens=turns.stats.shared_turns,
+        draft_proposed_tokens=drafts.proposed,
+        draft_accepted_tokens=drafts.accepted,
+        lookup_proposed_tokens=lookups.proposed,
+        lookup_accepted_tokens=lookups.accepted,
     )
 
 

@@ -54,8 +54,9 @@ class Limits:
 
     Of answers at work the one with the earliest `deadline` goes first (seconds on any one clock; nothing ends by it).
     `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
-    `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is no call
-    of a function is JSON. Frames have a form of their own.
+    `draft` is text that the answer may begin with, such as a smaller model's answer: what the model agrees with costs
+    it less. `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is
+    no call of a function is JSON. Frames have a form of their own.
     """
 
     max_tokens: int = 256
@@ -68,6 +69,15 @@ class Limits:
     gone: Callable[[], bool] | None = None
     json: JsonForm | None = None
     tools: ToolUse | None = None
+    draft: str = ""
+
+
+@dataclass(frozen=True)
+class DraftUse:
+    """Tokens of a draft that the model looked at, and those that it would have said itself."""
+
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Token:
     label's probability, before temperature; `margin` the probability of the best less that of the second best. Both
     are among what the answer's form allows; a token that it forces has 0 and 1.
     `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
-    answered.
+    answered; `draft` what came of the draft up to here, None if there was none or if it was not looked at.
     """
 
     text: str
@@ -88,6 +98,7 @@ class Token:
     top: tuple[tuple[str, float], ...] = ()
     finish_reason: str | None = None
     exit_layer: int | None = None
+    draft: DraftUse | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ class TierStats:
 
     `prefix_*`: prompt tokens looked up in the prefix cache, those found, blocks thrown out, and bytes held now.
     `passes` of single tokens took `pass_tokens` together: more than one each where answers share them.
+    `draft_*` and `lookup_*`: tokens that drafts and lookups of repeated text proposed, and those that the model took.
     """
 
     prefix_asked_tokens: int = 0
@@ -154,6 +166,10 @@ class TierStats:
     prefix_held_bytes: int = 0
     passes: int = 0
     pass_tokens: int = 0
+    draft_proposed_tokens: int = 0
+    draft_accepted_tokens: int = 0
+    lookup_proposed_tokens: int = 0
+    lookup_accepted_tokens: int = 0
 
 
 class Tier(Protocol):

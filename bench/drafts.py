@@ -1,0 +1,153 @@
+"""`edgecascade bench drafts`: what a draft of the answer, or a lookup of repeated text, saves, and whether it shows.
+
+Each query is asked of the tier alone and then with a draft, one after the other, so that a busy machine slows both. A
+draft is the tier's own answer with some words replaced, or what another tier says. With `exact` the tier is measured
+once more as it is without `EXACT_DRAFTS`, which makes single steps slower: the gain over that is what a user sees.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.errors import BenchError
+from models.runtime.local import LocalTier
+from models.runtime.tier import Chat, Limits, Token
+
+OWN, NONE = "own", "none"
+_WRONG_WORDS = ("lantern", "however", "seven", "never", "blue", "Thursday", "of")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `drafts` is 'own', 'none' or the folder of the tier that writes them.
+
+    `corrupt`: share of a draft's words that are replaced; `lookup_tokens` are for the tier that is given drafts.
+    """
+
+    tier: Path
+    drafts: str = OWN
+    corrupt: float = 0.1
+    lookup_tokens: int = 0
+    exact: bool = False
+    max_tokens: int = 32
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query: seconds alone, with a draft, and alone without `EXACT_DRAFTS`; tokens; what came of the draft."""
+
+    alone_s: float
+    drafted_s: float
+    plain_s: float
+    tokens: int
+    same: bool
+    proposed: int
+    accepted: int
+
+
+class Bench:
+    """The opened tiers of a plan; raises `BenchError` where a tier writes no text."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._rng = plan, random.Random(1)
+        self._alone = self._open(plan.tier, exact=plan.exact)
+        self._plain = self._open(plan.tier) if plan.exact else self._alone
+        lookup = plan.lookup_tokens
+        self._drafted = self._open(plan.tier, exact=plan.exact, lookup_tokens=lookup) if lookup else self._alone
+        self._drafter = None if plan.drafts in {OWN, NONE} else self._open(Path(plan.drafts))
+
+    def ask(self, text: str) -> Asked:
+        """Ask one query in all ways."""
+        chat, stats = Chat(({"role": "user", "content": text},)), self._drafted.stats
+        plain_s, _ = self._answer(self._plain, chat)
+        alone_s, alone = self._answer(self._alone, chat)
+        draft, before = self._draft(chat, alone), stats()
+        drafted_s, drafted = self._answer(self._drafted, chat, draft)
+        after = stats()
+        proposed, accepted = (
+            getattr(after, f"{source}_{what}_tokens") - getattr(before, f"{source}_{what}_tokens")
+            for what in ("proposed", "accepted")
+            for source in ("lookup" if self._plan.drafts == NONE else "draft",)
+        )
+        same = [token.id for token in alone] == [token.id for token in drafted]
+        return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted)
+
+    def _open(self, path: Path, *, exact: bool = False, lookup_tokens: int = 0) -> LocalTier:
+        tier = LocalTier.open(
+            path, "drafts", self._plan.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
+        )
+        if not tier.card.chats:
+            raise BenchError(f"{path} writes no text; name a tier that chats")
+        return tier
+
+    def _answer(self, tier: LocalTier, chat: Chat, draft: str = "") -> tuple[float, list[Token]]:
+        begun = time.perf_counter()
+        tokens = list(tier.generate(chat, Limits(max_tokens=self._plan.max_tokens, draft=draft)))
+        return time.perf_counter() - begun, tokens
+
+    def _draft(self, chat: Chat, alone: Sequence[Token]) -> str:
+        if self._plan.drafts == NONE:
+            return ""
+        said = alone if self._drafter is None else self._answer(self._drafter, chat)[1]
+        return corrupted("".join(token.text for token in said), self._plan.corrupt, self._rng)
+
+
+def corrupted(text: str, share: float, rng: random.Random) -> str:
+    """Replace a share of the words."""
+    words = [rng.choice(_WRONG_WORDS) if rng.random() < share else word for word in text.split(" ")]
+    return " ".join(words)
+
+
+def measure(plan: Plan, texts: Sequence[str], progress: Callable[[int, int, str], None]) -> list[Asked]:
+    """Ask all texts; the first one twice, since the first pass of all takes longer."""
+    bench, asked = Bench(plan), list[Asked]()
+    bench.ask(texts[0])
+    for number, text in enumerate(texts, 1):
+        asked.append(bench.ask(text))
+        same = sum(one.same for one in asked)
+        progress(number, len(texts), f"{same} of {number} the same")
+    return asked
+
+
+def figures(asked: Sequence[Asked]) -> dict[str, float]:
+    """What came of it; `speed_up` compares whole answers, prompts included."""
+    alone_s, drafted_s, plain_s = (sum(getattr(a, name) for a in asked) for name in ("alone_s", "drafted_s", "plain_s"))
+    tokens, proposed, accepted = (sum(getattr(a, name) for a in asked) for name in ("tokens", "proposed", "accepted"))
+    return {
+        "queries": len(asked),
+        "identical": sum(a.same for a in asked),
+        "tokens": tokens,
+        "proposed": proposed,
+        "accepted": accepted,
+        "acceptance": accepted / proposed if proposed else 0.0,
+        "accepted_share_of_tokens": accepted / tokens,
+        "speed_up": alone_s / drafted_s,
+        "speed_up_median": median(a.alone_s / a.drafted_s for a in asked),
+        "speed_up_over_plain": plain_s / drafted_s,
+        "speed_up_over_plain_median": median(a.plain_s / a.drafted_s for a in asked),
+        "tokens_per_s": tokens / drafted_s,
+        "tokens_per_s_alone": tokens / alone_s,
+    }
+
+
+def report(found: dict[str, float]) -> None:
+    """Print a table and, as the last line, JSON."""
+    table = Table("", "")
+    table.add_row("identical to the tier alone", f"{found['identical']:.0f} of {found['queries']:.0f}")
+    table.add_row("proposed tokens accepted", f"{found['accepted']:.0f} of {found['proposed']:.0f}")
+    table.add_row("of the answers' tokens", f"{100 * found['accepted_share_of_tokens']:.0f} %")
+    table.add_row("speed-up, all answers (median)", f"{found['speed_up']:.2f} ({found['speed_up_median']:.2f})")
+    over = f"{found['speed_up_over_plain']:.2f} ({found['speed_up_over_plain_median']:.2f})"
+    table.add_row("over the tier without EXACT_DRAFTS", over)
+    Console(width=100).print(table)
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
