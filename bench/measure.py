@@ -16,6 +16,7 @@ from bench.demo import Material, ask_with_progress, baseline_outcomes
 from bench.errors import BenchError
 from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
+from bench.progress import terminal
 
 TIERS = ("device", "edge", "auto")
 
@@ -42,7 +43,7 @@ def evaluate(client: Client, skill: str, material: Material, tier: str, plot: Pa
     if as_json:
         print(json.dumps({**found.as_dict(), "rows": {name: r.as_dict() for name, r in rows.items()}}))
         return
-    console = _stdout()
+    console = terminal(stderr=False)
     console.print(tables.main_table(rows, f"{skill}: {material.origin}"), tables.detail_table(rows))
     console.print(
         f"{len(material.queries)} queries; wrong among local answers: {tables.percent(found.realised_local_error)} %"
@@ -71,12 +72,6 @@ def print_load(shots: Sequence[Shot], plot: Path | None, *, as_json: bool) -> No
     if as_json:
         print(json.dumps(figures))
     else:
-        _stdout().print(tables.load_table(figures), tables.load_line(figures))
+        terminal(stderr=False).print(tables.load_table(figures), tables.load_line(figures))
     if not figures["answered"]:
         raise BenchError(f"none of {len(shots)} requests was answered")
-
-
-def _stdout() -> Console:
-    """Wide enough for the tables where there is no terminal to ask."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)

@@ -1,0 +1,131 @@
+"""`edgecascade bench …`: each command opens what it measures with, and nothing else.
+
+Rooms that `bench` must not import are handed in by the command line, as the context's `obj`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
+Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
+Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
+
+app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the benches need of other rooms: the model's file (fetched if need be), and where things are built."""
+
+    smollm2: Callable[[Callable[[float, float, str], None]], Path]
+    home: Callable[[], Path]
+
+
+@app.command("grammar")
+def grammar(
+    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in turns.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+) -> None:
+    """Measure what holding answers to a form costs, and what forced tokens save; the last line is JSON.
+
+    Example: edgecascade bench grammar var/edge --rounds 9
+    """
+    from bench.grammar import measure, report
+
+    report(measure(tier, rounds, max_tokens, threads))
+
+
+@app.command("load")
+def load(
+    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],
+    callers: Annotated[int, typer.Option(min=1, help="Closed loop: so many at a time.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, help="Closed loop: so many in all.")] = 100,
+    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second; several by commas are steps.")] = "",
+    seconds: Annotated[float, typer.Option(help="Open loop: length of the run, or of each step.")] = 10.0,
+    skill: Skill = "chat",
+    model: Annotated[str, typer.Option(help="The model to name.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 32,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with the texts to send instead of our own.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Write latencies to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send load and report latency, time to first token and errors.
+
+    Examples: edgecascade bench load http://127.0.0.1:8080 --callers 8 --requests 200
+              edgecascade bench load http://127.0.0.1:8080 --rate 2,5,10 --seconds 20 --plot load.png
+    """
+    from bench.client import Client
+    from bench.load import Load, rates, steps
+    from bench.measure import print_load, send
+    from bench.progress import bar
+    from bench.queries import OWN_QUERIES, read
+
+    own_skill = None if skill == "chat" else skill
+    texts = [query.text for query in read(data or OWN_QUERIES, own_skill)]
+    arrivals = steps(rates(rate), seconds) if rate else []
+    with Client(url, api_key=api_key or None) as client, bar("sending") as report:
+        shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
+    print_load(shots, plot, as_json=as_json)
+
+
+@app.command("seal")
+def seal(
+    artifact: Tier,
+    rounds: Annotated[int, typer.Option(min=3, help="Each opens the plain and the sealed one in turn.")] = 11,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure what sealing costs when a tier is opened: a copy sealed under a passing key beside the plain one.
+
+    Example: edgecascade bench seal var/edge --rounds 21
+    """
+    from bench.opening import compare, opening_pairs, print_comparison
+    from bench.progress import bar
+
+    with opening_pairs(artifact, threads) as pairs, bar("opening") as report:
+        figures = compare(pairs, rounds, report)
+    print_comparison(figures, as_json=as_json)
+
+
+@app.command("engine")
+def engine(
+    context: typer.Context,
+    peers: Annotated[str, typer.Option(help="Some of ours,llama.cpp,genai,optimum,transformers; all by default.")] = "",
+    shape: Annotated[str, typer.Option(help="smollm2, or random weights: qwen05, 1b.")] = "smollm2",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of everybody; figures are their medians.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each contender.")] = 2,
+    huge_pages: Annotated[bool, typer.Option(help="Start everybody with huge pages, as stack.yml starts ours.")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Shows that all runs; its figures are not to be quoted.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write speed and loss to this PNG, and an SVG beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure our engine against llama.cpp and others on the same weights, interleaved, quality included.
+
+    Examples: edgecascade bench engine --plot engine.png      edgecascade bench engine --quick --peers ours
+    """
+    from bench.engine import Plan, finish, measure, model, show
+    from bench.peers import chosen
+    from bench.progress import bar, terminal
+
+    rooms: Rooms = context.obj
+    names = chosen(peers)
+    plan = Plan(rounds=rounds, threads=threads, huge_pages=huge_pages)
+    plan = plan.quick() if quick else plan
+    with bar("measuring") as report:
+        found = model(shape, lambda: rooms.smollm2(report), rooms.home() / "bench")
+        run = measure(found, names, plan, report)
+    console = terminal(stderr=as_json)
+    if not as_json:
+        show(run, found, plan, console)
+    finish(run, plot, found.name, console, print)
