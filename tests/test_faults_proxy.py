@@ -218,15 +218,15 @@ def test_an_answer_of_its_own_never_reaches_the_target(echo, proxy):
 
 
 def test_without_a_target_connections_are_reset():
-    with FaultProxy() as proxy, call(proxy) as caller:
-        with pytest.raises(ConnectionResetError):
+    with FaultProxy() as proxy:
+        with pytest.raises(ConnectionResetError), call(proxy) as caller:
             caller.recv(1)
         assert proxy.traffic.connections == 1
 
 
 def test_a_dead_target_resets(echo, proxy):
     proxy.target = "http://127.0.0.1:9"
-    with call(proxy) as caller, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), call(proxy) as caller:
         caller.recv(1)
 
 

@@ -30,6 +30,7 @@ TIER_KEYS = (
     "THREADS",
     "PREFIX_CACHE_MB",
     "EXECUTION_PROVIDERS",
+    "SLOWDOWN",
 )
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
 # Read by other parts of the bundle that run in the same environment.
@@ -46,7 +47,7 @@ FOREIGN_KEYS = (
 
 _OURS = re.compile(
     r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXECUTION_|MAX_BODY|MAX_INFLIGHT|MODEL_(KEY|KMS|PATH|PUBLIC)"
-    r"|NODE_ID|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"|NODE_ID|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|SLOWDOWN|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -168,7 +169,10 @@ class KeySettings:
 
 @dataclass(frozen=True)
 class TierConfig:
-    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used."""
+    """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
+
+    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines.
+    """
 
     name: str
     model_path: str
@@ -176,6 +180,7 @@ class TierConfig:
     keys: KeySettings = KeySettings()
     prefix_cache_bytes: int = 32 << 20
     providers: tuple[str, ...] = (CPU,)
+    slowdown: float = 1.0
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -190,5 +195,6 @@ class TierConfig:
             keys=KeySettings.read(environment),
             prefix_cache_bytes=environment.integer("PREFIX_CACHE_MB", cls.prefix_cache_bytes >> 20, 0, 1 << 20) << 20,
             providers=environment.choices("EXECUTION_PROVIDERS", cls.providers, PROVIDERS),
+            slowdown=environment.number("SLOWDOWN", cls.slowdown, 1, 1000),
             common=Common.read(environment, max_inflight=2),
         )

@@ -43,6 +43,7 @@ def local_loader(settings: KeySettings) -> Load:
             sequences=config.common.max_inflight,
             prefix_cache_bytes=config.prefix_cache_bytes,
             providers=config.providers,
+            slowdown=config.slowdown,
             keys=wrapper,
             signer=signer,
         )

@@ -38,6 +38,7 @@ from models.errors import AbandonedError, ArtifactError, PromptTooLongError
 from models.runtime.memory import KeyValueMemory
 from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache
 from models.runtime.providers import CPU, short_name, usable
+from models.runtime.slowed import SlowedSession
 from models.runtime.turns import Turns
 
 Array = NDArray[Any]
@@ -52,7 +53,8 @@ class EngineOptions:
     """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
-    `models.runtime.providers`, the first that works is used.
+    `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
+    for benches that stand for slower machines.
     """
 
     threads: int = 2
@@ -61,6 +63,7 @@ class EngineOptions:
     sequences: int = 4
     prefix_cache_bytes: int = 0
     providers: Sequence[str] = (CPU,)
+    slowdown: float = 1.0
 
 
 class TextSequence(Protocol):
@@ -247,9 +250,12 @@ def open_session(graph: bytes, weights: Mapping[str, Array], options: EngineOpti
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
     try:
         settings.add_external_initializers(list(weights), values)
-        return ort.InferenceSession(graph, settings, providers=usable(options.providers, ort.get_available_providers()))
+        session = ort.InferenceSession(
+            graph, settings, providers=usable(options.providers, ort.get_available_providers())
+        )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
+    return session if options.slowdown == 1 else SlowedSession(session, options.slowdown)
 
 
 def _session(part: Segment, options: EngineOptions) -> ort.InferenceSession:

@@ -182,6 +182,7 @@ class LocalTier:
         sequences: int = 4,
         prefix_cache_bytes: int = 0,
         providers: Sequence[str] = (CPU,),
+        slowdown: float = 1.0,
         keys: KeyWrapper | None = None,
         signer: bytes | None = None,
     ) -> LocalTier:
@@ -192,7 +193,7 @@ class LocalTier:
         """
         artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
-        options = EngineOptions(threads, spin, context, sequences, providers=providers)
+        options = EngineOptions(threads, spin, context, sequences, providers=providers, slowdown=slowdown)
         writing = replace(options, prefix_cache_bytes=prefix_cache_bytes if m.lm_head else 0)
         turns = Turns()
         tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
