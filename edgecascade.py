@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,6 +24,7 @@ from functions.serving.settings import ConfigError
 from models.errors import ModelError
 
 if TYPE_CHECKING:
+    from bench.bundle import Running, Variant
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
@@ -56,7 +57,7 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home))
+        app(obj=Rooms(_smollm2, _home, _variants, _shared))
     except (BenchError, ConfigError, DeployError, ModelError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -427,6 +428,19 @@ def _started(stack: Stack) -> Iterator[str]:
 
     with running(stack, _settings(0), lambda _name, _line: None) as address:
         yield address
+
+
+@contextmanager
+def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
+    """The named variants of the stack's functions, for the while; logs are shown only if one does not start."""
+    from bench.bundle import Running
+    from deploy.local.bundle import Bundle
+
+    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
+    _ensure_edge(stack)
+    with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
+        urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
+        yield Running(urls, {process.name: process.pid for process in bundle.processes})
 
 
 @contextmanager

@@ -5,26 +5,40 @@ Rooms that `bench` must not import are handed in by the command line, as the con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench.bundle import Start
+from bench.queries import Query
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
 Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
 Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
+BenchData = Annotated[
+    Path | None, typer.Option(help="JSON lines, or the published sets' folder, of which the test halves; else our own.")
+]
+Skills = Annotated[list[str] | None, typer.Option(help="This skill; may be given again. All by default.")]
+SKILLS = ("assistant", "home", "banking")
 
 app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
 class Rooms:
-    """What the benches need of other rooms: the model's file (fetched if need be), and where things are built."""
+    """What the benches need of other rooms.
+
+    `smollm2` is the model's file, fetched if need be; `home` where things are built; `start` runs a bundle;
+    `published` reads a split of the published sets for some skills.
+    """
 
     smollm2: Callable[[Callable[[float, float, str], None]], Path]
     home: Callable[[], Path]
+    start: Start
+    published: Callable[..., Sequence[Query]]
 
 
 @app.command("grammar")
@@ -75,6 +89,38 @@ def load(
     with Client(url, api_key=api_key or None) as client, bar("sending") as report:
         shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
     print_load(shots, plot, as_json=as_json)
+
+
+@app.command("cascade")
+def cascade(
+    context: typer.Context,
+    data: BenchData = None,
+    skill: Skills = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many queries a skill, by a fixed seed; 0: all.")] = 100,
+    deadline: Annotated[float, typer.Option(min=1, help="What requests carry where speed is the point, ms.")] = 80.0,
+    deadlines: Annotated[str, typer.Option(help="More deadlines by commas, for the frontier.")] = "",
+    device_ms: Annotated[float, typer.Option(min=1, help="The device's mean reply.")] = 38.0,
+    edge_ms: Annotated[float, typer.Option(min=1, help="The edge's mean reply, the network included.")] = 92.0,
+    network_ms: Annotated[float, typer.Option(min=0, help="There and back between the sites.")] = 12.0,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Leave the tiers as fast as they are.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy against deadline to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the ways to join the tiers, which stand for slower machines, on labelled queries.
+
+    Examples: edgecascade bench cascade --json
+              edgecascade bench cascade --data ../data --deadlines 60,100,140 --plot frontier.png
+    """
+    from bench.load import rates
+    from bench.measure import cascade as measure
+    from bench.measure import site_of
+
+    rooms: Rooms = context.obj
+    queries = _queries(rooms, data, skill or list(SKILLS), limit)
+    wanted = None if as_is else {"device": device_ms, "edge": edge_ms}
+    site = site_of(rooms.start, wanted, network_ms, queries)
+    more = rates(deadlines) if deadlines else []
+    measure(rooms.start, queries, site, deadline, more, plot, as_json=as_json)
 
 
 @app.command("seal")
@@ -129,3 +175,15 @@ def engine(
     if not as_json:
         show(run, found, plan, console)
     finish(run, plot, found.name, console, print)
+
+
+def _queries(rooms: Rooms, data: Path | None, skills: Sequence[str], limit: int) -> list[Query]:
+    """Labelled queries of some skills, shuffled together by a fixed seed; raises `BenchError`."""
+    from bench.queries import OWN_QUERIES, read, sample
+
+    if data is not None and data.is_dir():
+        found = list(rooms.published(data, "test", *skills))
+    else:
+        named = read(data or OWN_QUERIES, skills[0] if len(skills) == 1 else None)
+        found = [query for query in named if query.skill in skills]
+    return sample(found, limit or len(found))

@@ -1,24 +1,33 @@
-"""`edgecascade eval` and `edgecascade bench load`: run, plot, and print for a person or a pipe."""
+"""`edgecascade eval`, `bench load` and `bench cascade`: run, plot, and print for a person or a pipe."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from bench import plot as plots
 from bench import tables
+from bench.arms import SEQUENTIAL, TITLES, available, left_out
+from bench.bundle import Start
+from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
 from bench.client import Client
 from bench.demo import Material, ask_with_progress, baseline_outcomes
 from bench.errors import BenchError
 from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
-from bench.progress import terminal
+from bench.progress import bar, terminal
+from bench.queries import Query
+from bench.slow_tiers import Site, slowed_to
 
 TIERS = ("device", "edge", "auto")
+TRIAL_QUERIES = 60
+P99_MS, POINTS = 80.0, 0.5  # what the issue asks of a cascade
 
 
 def models_of(tier: str) -> Sequence[str]:
@@ -75,3 +84,56 @@ def print_load(shots: Sequence[Shot], plot: Path | None, *, as_json: bool) -> No
         terminal(stderr=False).print(tables.load_table(figures), tables.load_line(figures))
     if not figures["answered"]:
         raise BenchError(f"none of {len(shots)} requests was answered")
+
+
+def site_of(start: Start, wanted_ms: Mapping[str, float] | None, network_ms: float, queries: Sequence[Query]) -> Site:
+    """The tiers as they are, or slowed to means that trials on some of the queries find."""
+    if wanted_ms is None:
+        return Site(network_ms=network_ms)
+    console = terminal()
+    console.print(f"slowing the tiers to {wanted_ms} ms, two trials of {min(TRIAL_QUERIES, len(queries))} queries")
+    return slowed_to(start, wanted_ms, network_ms, queries[:TRIAL_QUERIES], console.print)
+
+
+def cascade(
+    start: Start,
+    queries: Sequence[Query],
+    site: Site,
+    deadline_ms: float,
+    deadlines_ms: Sequence[float],
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Compare every way to join the tiers, print the table and, as the last line, JSON; raises `BenchError`."""
+    arms = available()
+    chosen = ways(arms, deadline_ms, deadlines_ms)
+    with stage_for(start, site, arms) as (stage, clients), bar("asking") as report:
+        asked = count(1)
+        found = compare(stage, clients, chosen, queries, lambda: report(next(asked), len(queries), ""))
+    figures = rows(found)
+    points = frontier(found, figures)
+    if plot:
+        bar_accuracy = figures[SEQUENTIAL].row.accuracy if SEQUENTIAL in figures else None
+        plots.frontier(points, TITLES, bar_accuracy, plot)
+    said: dict[str, Any] = {
+        "n": len(queries),
+        "slowdown": dict(site.slowdown),
+        "network_ms": site.network_ms,
+        "rows": {name: f.as_dict() for name, f in figures.items()},
+        "frontier": [asdict(point) for point in points],
+        "left_out": left_out(),
+        "link_bytes": {"counted": found.link_bytes, "reported": found.reported_bytes},
+        "verdict": verdict(figures, P99_MS, POINTS),
+    }
+    if as_json:
+        print(json.dumps(said))
+        return
+    title = f"{len(queries)} queries, {site.network_ms:g} ms of network, slowdown {_factors(site)}"
+    terminal(stderr=False).print(tables.cascade_table(figures, TITLES, title))
+    for name in left_out():
+        print(f"not in this bundle: {name}")
+
+
+def _factors(site: Site) -> str:
+    return ", ".join(f"{name} {factor:.2f}" for name, factor in site.slowdown.items())

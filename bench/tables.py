@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bench import figures
+from bench.cascade import Figures
 from bench.evaluate import Evaluation
 from bench.memory import GB
 from bench.metrics import Row
@@ -64,6 +65,24 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
             row = rows[name]
             shares = (row.in_scope_accuracy, row.oos_recall, row.oos_precision)
             table.add_row(NAMES[name], *map(percent, shares), number(row.ece, 3), number(row.ece_floor, 3))
+    return table
+
+
+def cascade_table(rows: Mapping[str, Figures], titles: Mapping[str, str], title: str) -> Table:
+    """What each way to join the tiers is worth; ways with a deadline of their own are named `arm@milliseconds`."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in ("right %", "local %", "gap %", "mean ms", "p50", "p95", "p99", "late %", "flagged %", "router ms"):
+        table.add_column(name, justify="right")
+    for name in ("bytes", "J (modelled)"):
+        table.add_column(name, justify="right")
+    for name, f in rows.items():
+        arm, _, deadline = name.partition("@")
+        times = map(number, (f.row.mean_ms, f.row.p50_ms, f.row.p95_ms, f.row.p99_ms))
+        shares = map(percent, (f.row.accuracy, f.row.share_local, f.gap_closed))
+        flags = (percent(f.late), percent(f.degraded), number(f.router_p50_ms, 2))
+        label = titles[arm] + (f", {deadline} ms" if deadline else "")
+        table.add_row(label, *shares, *times, *flags, number(f.row.bytes, 0), number(f.row.joules, 3))
     return table
 
 

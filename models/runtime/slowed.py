@@ -8,9 +8,10 @@ from typing import Any
 
 
 class SlowedSession:
-    """An onnxruntime session; after each run it sleeps, in the caller's turn, until the run took `factor` times as long.
+    """An onnxruntime session; after each run it sleeps until the run took `factor` times as long.
 
-    The cost so grows with the work, as on a slower machine, and the processor is left to the other tiers.
+    It sleeps in the caller's turn, so the cost grows with the work as on a slower machine, and leaves the processor to
+    the other tiers.
     """
 
     def __init__(
