@@ -123,6 +123,26 @@ def cascade(
     measure(rooms.start, queries, site, deadline, more, plot, as_json=as_json)
 
 
+@app.command("overhead")
+def overhead(
+    context: typer.Context,
+    pairs: Annotated[int, typer.Option(min=10, help="Questions asked both ways.")] = 500,
+    rate: Annotated[float, typer.Option(min=1, help="Requests a second of the open loop.")] = 50.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of the open loop, each way.")] = 40.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the dispatcher adds to asking the device tier directly: in pairs, and under load.
+
+    Example: edgecascade bench overhead --pairs 1000
+    """
+    from bench.measure import overhead as measure
+
+    rooms: Rooms = context.obj
+    queries = _queries(rooms, data, list(SKILLS), 100)
+    measure(rooms.start, queries, pairs, rate, seconds, as_json=as_json)
+
+
 @app.command("seal")
 def seal(
     artifact: Tier,

@@ -1,4 +1,4 @@
-"""`edgecascade eval`, `bench load` and `bench cascade`: run, plot, and print for a person or a pipe."""
+"""`edgecascade eval`, `bench load`, `bench cascade`, `bench overhead`: run, plot, and print for a person or a pipe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import overhead as own_cost
 from bench import plot as plots
 from bench import tables
 from bench.arms import SEQUENTIAL, TITLES, available, left_out
-from bench.bundle import Start
+from bench.bundle import Start, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
 from bench.client import Client
 from bench.demo import Material, ask_with_progress, baseline_outcomes
@@ -133,6 +134,18 @@ def cascade(
     terminal(stderr=False).print(tables.cascade_table(figures, TITLES, title))
     for name in left_out():
         print(f"not in this bundle: {name}")
+
+
+def overhead(start: Start, queries: Sequence[Query], pairs: int, rate: float, seconds: float, *, as_json: bool) -> None:
+    """Measure what the dispatcher adds and print it; raises `BenchError`."""
+    names = (own_cost.DISPATCHER, own_cost.TIER)
+    with start({name: Variant(name) for name in names}) as running, bar("asking in pairs") as report:
+        asked = count(1)
+        figures = own_cost.measure(running, queries, pairs, rate, seconds, lambda: report(next(asked), pairs, ""))
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        terminal(stderr=False).print(tables.added_table(figures))
 
 
 def _factors(site: Site) -> str:

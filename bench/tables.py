@@ -70,19 +70,32 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
 
 def cascade_table(rows: Mapping[str, Figures], titles: Mapping[str, str], title: str) -> Table:
     """What each way to join the tiers is worth; ways with a deadline of their own are named `arm@milliseconds`."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    table.add_column("")
-    for name in ("right %", "local %", "gap %", "mean ms", "p50", "p95", "p99", "late %", "flagged %", "router ms"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("right %", "local %", "gap %", "mean ms", "p50", "p95", "p99", "late %", "flag %", "router"):
         table.add_column(name, justify="right")
-    for name in ("bytes", "J (modelled)"):
+    for name in ("bytes", "J"):
         table.add_column(name, justify="right")
     for name, f in rows.items():
-        arm, _, deadline = name.partition("@")
         times = map(number, (f.row.mean_ms, f.row.p50_ms, f.row.p95_ms, f.row.p99_ms))
         shares = map(percent, (f.row.accuracy, f.row.share_local, f.gap_closed))
         flags = (percent(f.late), percent(f.degraded), number(f.router_p50_ms, 2))
-        label = titles[arm] + (f", {deadline} ms" if deadline else "")
+        label = titles.get(name, name)
         table.add_row(label, *shares, *times, *flags, number(f.row.bytes, 0), number(f.row.joules, 3))
+    return table
+
+
+def added_table(figures: Mapping[str, Any]) -> Table:
+    """What the dispatcher adds, in milliseconds."""
+    table = Table(title="added by the dispatcher, ms", title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in ("p50", "p99", "beside the model: p50", "p99"):
+        table.add_column(name, justify="right")
+    at_rate = figures["at_rate"]
+    labels = {"pairs": "in pairs", "at_rate": f"at {at_rate['requests_per_s']:g} requests/s"}
+    for part, label in labels.items():
+        names = ("p50_ms", "p99_ms", "beside_p50_ms", "beside_p99_ms")
+        table.add_row(label, *(number(figures[part][name], 2) for name in names))
     return table
 
 
