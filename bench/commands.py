@@ -143,6 +143,37 @@ def overhead(
     measure(rooms.start, queries, pairs, rate, seconds, as_json=as_json)
 
 
+@app.command("chaos")
+def chaos(
+    context: typer.Context,
+    requests: Annotated[int, typer.Option(min=1, help="Sent under each fault.")] = 200,
+    callers: Annotated[int, typer.Option(min=1, help="So many at a time.")] = 2,
+    deadline: Annotated[float, typer.Option(min=1, help="Of each request, ms.")] = 250.0,
+    kind: Annotated[list[str] | None, typer.Option(help="This fault; may be given again. All by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Length of each rate around saturation; 0: none.")] = 5.0,
+    slowdown: Annotated[float, typer.Option(min=1, help="Of both tiers: what stands for slower machines.")] = 4.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Break each tier in each way: is every request answered, in time, truthfully? Then flood them.
+
+    Examples: edgecascade bench chaos --json
+              edgecascade bench chaos --kind stalled --kind garbage --requests 1000 --seconds 0
+    """
+    from bench.chaos import KINDS, Plan
+    from bench.errors import BenchError
+    from bench.measure import chaos as measure
+    from bench.slow_tiers import TIERS, Site
+
+    rooms: Rooms = context.obj
+    kinds = kind or list(KINDS)
+    for name in set(kinds) - set(KINDS):
+        raise BenchError(f"fault '{name}' is unknown; use {', '.join(KINDS)}")
+    site = Site(dict.fromkeys(TIERS, slowdown))
+    plan = Plan(requests, callers, deadline)
+    measure(rooms.start, _queries(rooms, data, list(SKILLS), 100), site, plan, kinds, seconds, as_json=as_json)
+
+
 @app.command("seal")
 def seal(
     artifact: Tier,

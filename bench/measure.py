@@ -1,4 +1,4 @@
-"""`edgecascade eval`, `bench load`, `bench cascade`, `bench overhead`: run, plot, and print for a person or a pipe."""
+"""`edgecascade eval` and the benches of a running bundle: run, plot, and print for a person or a pipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rich.console import Console
 
 from bench import overhead as own_cost
 from bench import plot as plots
-from bench import tables
+from bench import saturation, tables
 from bench.arms import SEQUENTIAL, TITLES, available, left_out
 from bench.bundle import Start, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
+from bench.chaos import Plan, as_dict, cases
 from bench.client import Client
 from bench.demo import Material, ask_with_progress, baseline_outcomes
 from bench.errors import BenchError
@@ -24,6 +25,7 @@ from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
 from bench.progress import bar, terminal
 from bench.queries import Query
+from bench.slow_tiers import TIERS as TIERS_TO_BREAK
 from bench.slow_tiers import Site, slowed_to
 
 TIERS = ("device", "edge", "auto")
@@ -146,6 +148,36 @@ def overhead(start: Start, queries: Sequence[Query], pairs: int, rate: float, se
         print(json.dumps(figures))
     else:
         terminal(stderr=False).print(tables.added_table(figures))
+
+
+def chaos(
+    start: Start,
+    queries: Sequence[Query],
+    site: Site,
+    plan: Plan,
+    kinds: Sequence[str],
+    seconds: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Break the tiers, then flood them, and print what came of it; raises `BenchError`."""
+    with bar("breaking") as report:
+        done = count(1)
+        total = len(kinds) * len(TIERS_TO_BREAK)
+        found = cases(start, site, queries, plan, kinds, lambda name: report(next(done), total, name))
+    most, steps = saturation.around(start, site, queries, plan.deadline_ms, seconds) if seconds else (0.0, [])
+    if as_json:
+        beyond = {"saturation": saturation.as_dict(most, steps)} if steps else {}
+        print(json.dumps({"faults": as_dict(found), **beyond}))
+        return
+    console = terminal(stderr=False)
+    title = f"{plan.requests} requests a fault, deadline {plan.deadline_ms:g} ms, slowdown {_factors(site)}"
+    console.print(tables.chaos_table(found, title))
+    for c in found:
+        for lie, times in c.lies.items():
+            console.print(f"{c.name}: {times} x {lie}")
+    if steps:
+        console.print(tables.saturation_table(steps, f"saturation: {most:.1f} good answers a second"))
 
 
 def _factors(site: Site) -> str:

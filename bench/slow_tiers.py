@@ -39,15 +39,19 @@ class Stage:
     proxies: Mapping[str, FaultProxy]
 
 
+def tier_variants(site: Site) -> dict[str, Variant]:
+    """Both tiers, as slow as the site has them."""
+    return {name: Variant(name, {_SETTING: f"{site.slowdown[name]:.4f}"}) for name in TIERS}
+
+
 @contextmanager
 def staged(start: Start, site: Site, dispatchers: Mapping[str, Variant], seed: int = 1) -> Iterator[Stage]:
     """Start both tiers and some dispatchers, with a proxy before each tier; the network lies before the edge."""
-    tiers = {name: Variant(name, {_SETTING: f"{site.slowdown[name]:.4f}"}) for name in TIERS}
     with FaultProxy(seed=seed) as device, FaultProxy(seed=seed + 1) as edge:
         proxies = {"device": device, "edge": edge}
         urls = {"DEVICE_URL": device.url, "EDGE_URL": edge.url}
         joined = {n: Variant(v.of, {**urls, **v.environment}) for n, v in dispatchers.items()}
-        with start({**joined, **tiers}) as running:
+        with start({**joined, **tier_variants(site)}) as running:
             for name, proxy in proxies.items():
                 proxy.target = running.urls[name]
             edge.set(Faults(latency_ms=site.network_ms / 2))

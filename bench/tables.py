@@ -10,9 +10,11 @@ from rich.table import Table
 
 from bench import figures
 from bench.cascade import Figures
+from bench.chaos import Case
 from bench.evaluate import Evaluation
 from bench.memory import GB
 from bench.metrics import Row
+from bench.saturation import Step
 
 NAMES = {
     "linear": "linear baseline",
@@ -96,6 +98,34 @@ def added_table(figures: Mapping[str, Any]) -> Table:
     for part, label in labels.items():
         names = ("p50_ms", "p99_ms", "beside_p50_ms", "beside_p99_ms")
         table.add_row(label, *(number(figures[part][name], 2) for name in names))
+    return table
+
+
+def chaos_table(cases: Sequence[Case], title: str) -> Table:
+    """What each fault did; a case in red broke one of the bounds."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("answered %", "in time %", "p50 ms", "p99", "worst late", "true %", "tries", "left, bytes", "well, s"):
+        table.add_column(name, justify="right")
+    table.add_column("fails")
+    for c in cases:
+        shares = (percent(c.answered), percent(c.in_time), number(c.p50_ms), number(c.p99_ms), number(c.worst_late_ms))
+        rest = (percent(c.truthful), number(c.amplification, 2), str(c.local_only_bytes), number(c.recovered_s))
+        table.add_row(c.name, *shares, *rest, ", ".join(c.failings), style="red" if c.failings else None)
+    return table
+
+
+def saturation_table(steps: Sequence[Step], title: str) -> Table:
+    """What is served, and how fast the rest is refused, around saturation."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in ("load", "requests/s", "good/s", "sent", "answered", "refused", "p50 ms", "p99", "worst", "no answer"):
+        table.add_column(name, justify="right")
+    for s in steps:
+        refusals = map(number, (s.rejected_p50_ms, s.rejected_p99_ms, s.rejected_worst_ms))
+        counts = map(str, (s.sent, s.answered, s.rejected))
+        table.add_row(
+            f"{s.load:g} x", number(s.requests_per_s), number(s.goodput_per_s), *counts, *refusals, str(s.unanswered)
+        )
     return table
 
 
