@@ -41,6 +41,24 @@ class Rooms:
     published: Callable[..., Sequence[Query]]
 
 
+@app.command("faults")
+def faults(
+    target: Annotated[str, typer.Argument(help="What to pass on to, http://host:port.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0: a free port.")] = 0,
+    control: Annotated[int, typer.Option(min=0, max=65535, help="Where to take orders; 0: a free port.")] = 0,
+    orders: Annotated[str, typer.Option("--faults", help="What to begin with, as JSON.")] = "{}",
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+) -> None:
+    """Run a TCP proxy that delays, thins, cuts, garbles or swallows, and counts bytes; until Ctrl-C.
+
+    Examples: edgecascade bench faults http://127.0.0.1:5001 --port 7001 --control 7002
+              edgecascade bench faults http://127.0.0.1:5001 --faults '{"both": {"latency_ms": 6, "jitter_ms": 1}}'
+    """
+    from bench.faults.control import parse, serve
+
+    serve(target, port, control, parse(orders), seed)
+
+
 @app.command("grammar")
 def grammar(
     tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),

@@ -6,12 +6,14 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import BenchError
 from bench.faults import NO_FAULTS, FaultProxy, Faults, Traffic
+from bench.faults.control import control
 from bench.faults.values import RequestCounter
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
@@ -278,3 +280,38 @@ def test_traffic_since():
 def test_a_port_that_is_taken_is_said():
     with FaultProxy() as first, pytest.raises(BenchError, match="cannot be used"):
         FaultProxy(port=int(first.url.rpartition(":")[2])).__enter__()
+
+
+@pytest.fixture
+def orders(proxy):
+    with control(proxy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.server_address[1]}", trust_env=False) as client:
+            yield client
+        server.shutdown()
+        thread.join()
+
+
+def test_orders_over_http_are_followed_and_counts_given(proxy, orders):
+    assert orders.put("/", json={"up": {"latency_ms": 40}}).status_code == 200
+    with call(proxy) as caller:
+        assert timed(caller, b"abc") >= 40
+    assert orders.get("/").json() == {"connections": 1, "requests": 0, "sent_bytes": 3, "received_bytes": 3}
+    orders.put("/", json={"stop": True})
+    with pytest.raises(ConnectionRefusedError), call(proxy):
+        pass
+    orders.put("/", json={"resume": True})
+    orders.put("/", json={})
+    with call(proxy) as caller:
+        assert timed(caller, b"abc") > 0
+
+
+@pytest.mark.parametrize("body", ["[]", "{", '{"sideways": {}}', '{"both": {"lag": 1}}', '{"both": 3}'])
+def test_orders_that_make_no_sense_are_refused_and_change_nothing(echo, proxy, orders, body):
+    orders.put("/", json={"up": {"answer": "HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n"}})
+    refused = orders.put("/", content=body)
+    assert (refused.status_code, list(refused.json())) == (422, ["error"])
+    with call(proxy) as caller:
+        caller.sendall(HEAD)
+        assert read(caller, 12) == b"HTTP/1.1 500"

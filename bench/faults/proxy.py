@@ -46,8 +46,8 @@ class FaultProxy:
         self._port, self._seed = port, seed
         self._up = self._down = NO_FAULTS
         self._traffic = Traffic()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._bound: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._links: set[asyncio.Task[None]] = set()
@@ -56,9 +56,10 @@ class FaultProxy:
         try:
             self._bound = _bind(self._port)
         except OSError as error:
-            self._loop.close()
             raise BenchError(f"port {self._port} cannot be used ({error.strerror}); choose another") from error
         self._port = int(self._bound.getsockname()[1])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
         self._run(self._listen())
         return self
@@ -66,6 +67,8 @@ class FaultProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._loop is None or self._thread is None:
+            return
         self._run(self._refuse())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -97,6 +100,8 @@ class FaultProxy:
         self._run(self._listen())
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._loop is None:
+            raise BenchError("the proxy does not run; enter it first")
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _listen(self) -> None:

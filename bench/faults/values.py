@@ -59,8 +59,10 @@ class Faults:
             raise BenchError(f"corrupt_share is {self.corrupt_share}; it must be from 0 to 1")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Faults:
+    def of(cls, values: Any) -> Faults:
         """Read JSON values; raises `BenchError` naming the key."""
+        if not isinstance(values, Mapping):
+            raise BenchError('faults are a JSON object, such as {"latency_ms": 50}')
         known = {field.name for field in fields(cls)}
         for key, value in values.items():
             if key not in known:
