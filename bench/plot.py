@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import figures
+from bench.cascade import Frontier
 from bench.load import Shot
 from bench.metrics import Point, Row
 
@@ -26,6 +27,27 @@ def trade_off(points: Sequence[Point], row: Row | None, oracle: Row | None, titl
         if place is not None and place.share_local is not None and place.accuracy is not None:
             axes.plot(100 * place.share_local, 100 * place.accuracy, mark, markersize=11, label=name)
     axes.set(xlabel="answered locally, %", ylabel="accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def frontier(points: Sequence[Frontier], titles: Mapping[str, str], bar: float | None, path: Path) -> None:
+    """Accuracy against the deadline, a line an arm; full where 99 % of the answers came in time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for arm in dict.fromkeys(p.arm for p in points):
+        own = sorted((p for p in points if p.arm == arm), key=lambda p: p.deadline_ms)
+        xs, ys = [p.deadline_ms for p in own], [100 * (p.accuracy or 0.0) for p in own]
+        (line,) = axes.plot(xs, ys, label=titles[arm])
+        for x, y, point in zip(xs, ys, own, strict=True):
+            in_time = point.p99_ms is not None and point.p99_ms <= point.deadline_ms
+            axes.plot(x, y, "o", color=line.get_color(), fillstyle="full" if in_time else "none")
+    if bar is not None:
+        axes.axhline(100 * bar, linestyle=":", color="grey", label="sequential, no deadline")
+    axes.set(xlabel="deadline, ms (full marks: p99 within it)", ylabel="accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

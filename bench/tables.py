@@ -9,9 +9,12 @@ from rich import box
 from rich.table import Table
 
 from bench import figures
+from bench.cascade import Figures
+from bench.chaos import Case
 from bench.evaluate import Evaluation
 from bench.memory import GB
 from bench.metrics import Row
+from bench.saturation import Step
 
 NAMES = {
     "linear": "linear baseline",
@@ -64,6 +67,65 @@ def detail_table(rows: Mapping[str, Row]) -> Table:
             row = rows[name]
             shares = (row.in_scope_accuracy, row.oos_recall, row.oos_precision)
             table.add_row(NAMES[name], *map(percent, shares), number(row.ece, 3), number(row.ece_floor, 3))
+    return table
+
+
+def cascade_table(rows: Mapping[str, Figures], titles: Mapping[str, str], title: str) -> Table:
+    """What each way to join the tiers is worth; ways with a deadline of their own are named `arm@milliseconds`."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("right %", "local %", "gap %", "mean ms", "p50", "p95", "p99", "late %", "flag %", "router"):
+        table.add_column(name, justify="right")
+    for name in ("bytes", "J"):
+        table.add_column(name, justify="right")
+    for name, f in rows.items():
+        times = map(number, (f.row.mean_ms, f.row.p50_ms, f.row.p95_ms, f.row.p99_ms))
+        shares = map(percent, (f.row.accuracy, f.row.share_local, f.gap_closed))
+        flags = (percent(f.late), percent(f.degraded), number(f.router_p50_ms, 2))
+        label = titles.get(name, name)
+        table.add_row(label, *shares, *times, *flags, number(f.row.bytes, 0), number(f.row.joules, 3))
+    return table
+
+
+def added_table(figures: Mapping[str, Any]) -> Table:
+    """What the dispatcher adds, in milliseconds."""
+    table = Table(title="added by the dispatcher, ms", title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in ("p50", "p99", "beside the model: p50", "p99"):
+        table.add_column(name, justify="right")
+    at_rate = figures["at_rate"]
+    labels = {"pairs": "in pairs", "at_rate": f"at {at_rate['requests_per_s']:g} requests/s"}
+    for part, label in labels.items():
+        names = ("p50_ms", "p99_ms", "beside_p50_ms", "beside_p99_ms")
+        table.add_row(label, *(number(figures[part][name], 2) for name in names))
+    return table
+
+
+def chaos_table(cases: Sequence[Case], title: str) -> Table:
+    """What each fault did; a case in red broke one of the bounds."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("answered %", "in time %", "p50 ms", "p99", "worst late", "true %", "tries", "left, bytes", "well, s"):
+        table.add_column(name, justify="right")
+    table.add_column("fails")
+    for c in cases:
+        shares = (percent(c.answered), percent(c.in_time), number(c.p50_ms), number(c.p99_ms), number(c.worst_late_ms))
+        rest = (percent(c.truthful), number(c.amplification, 2), str(c.local_only_bytes), number(c.recovered_s))
+        table.add_row(c.name, *shares, *rest, ", ".join(c.failings), style="red" if c.failings else None)
+    return table
+
+
+def saturation_table(steps: Sequence[Step], title: str) -> Table:
+    """What is served, and how fast the rest is refused, around saturation."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in ("load", "requests/s", "good/s", "sent", "answered", "refused", "p50 ms", "p99", "worst", "no answer"):
+        table.add_column(name, justify="right")
+    for s in steps:
+        refusals = map(number, (s.rejected_p50_ms, s.rejected_p99_ms, s.rejected_worst_ms))
+        counts = map(str, (s.sent, s.answered, s.rejected))
+        table.add_row(
+            f"{s.load:g} x", number(s.requests_per_s), number(s.goodput_per_s), *counts, *refusals, str(s.unanswered)
+        )
     return table
 
 

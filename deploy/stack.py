@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,18 @@ class Stack:
                 raise StackError(f"stack.yml has no function '{name}'; it has {', '.join(self.functions)}")
         kept = {name: f for name, f in self.functions.items() if not names or name in names}
         return Stack(kept, self.copies)
+
+    def varied(self, variants: Mapping[str, tuple[str, Mapping[str, str]]]) -> Stack:
+        """Functions named anew: each a function of this stack with part of its environment changed.
+
+        Raises `StackError` for a function that is not here.
+        """
+        self.only(tuple(of for of, _ in variants.values()))
+        functions = {}
+        for name, (of, changes) in variants.items():
+            function = self.functions[of]
+            functions[name] = replace(function, name=name, environment={**function.environment, **changes})
+        return Stack(functions, self.copies)
 
 
 def substitute(text: str, environment: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ import typer.main
 from click.testing import CliRunner
 
 import edgecascade
+from tests.fake_bundle import QUERIES, start_here
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -26,8 +27,12 @@ COMMANDS = [
     "distil",
     "calibrate",
     "demo",
+    "bench cascade",
+    "bench chaos",
+    "bench faults",
     "bench grammar",
     "bench load",
+    "bench overhead",
     "bench seal",
     "keys",
     "rules check",
@@ -191,6 +196,56 @@ def test_open_loop_load_for_a_person(run, url):
     assert "first token" in out
 
 
+@pytest.fixture
+def bundle(monkeypatch):
+    """The benches' bundles are fake tiers behind the real dispatcher, here in this process."""
+    monkeypatch.setattr(edgecascade, "_variants", start_here)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    file = tmp_path / "labelled.jsonl"
+    lines = [{"skill": q.skill, "text": q.text, "intent": q.intent} for q in QUERIES]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return str(file)
+
+
+def test_the_cascades_ways_as_json_and_as_a_plot(run, bundle, labelled, tmp_path):
+    plot = tmp_path / "f.png"
+    words = ["--data", labelled, "--as-is", "--deadlines", "900,4000", "--plot", str(plot)]
+    status, out, err = run("bench", "cascade", *words, "--json")
+    assert status == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    assert {"device", "edge", "sequential", "random", "oracle"} <= set(figures["rows"])
+    assert {p["deadline_ms"] for p in figures["frontier"]} >= {900, 4000}
+    assert figures["slowdown"] == {"device": 1.0, "edge": 1.0}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cascades_ways_for_a_person_on_slowed_tiers(run, bundle, labelled):
+    status, out, _ = run("bench", "cascade", "--data", labelled, "--device-ms", "5", "--edge-ms", "30")
+    assert status == 0
+    assert "sequential escalation" in out
+    assert "random router" in out
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_chaos_and_overhead(run, bundle, labelled, as_json):
+    asked = ["--json"] if as_json else []
+    few = ["--requests", "4", "--kind", "stopped", "--deadline", "4000", "--slowdown", "1", "--seconds", "0.2"]
+    status, broken, err = run("bench", "chaos", "--data", labelled, *few, *asked)
+    assert status == 0, err
+    status, added, err = run("bench", "overhead", "--data", labelled, "--pairs", "10", "--seconds", "1", *asked)
+    assert status == 0, err
+    if as_json:
+        assert json.loads(broken)["faults"]["verdict"]["failings"].keys() <= {"none", "device stopped", "edge stopped"}
+        assert set(json.loads(broken)["saturation"]["verdict"]) == {"goodput", "rejections"}
+        assert json.loads(added)["pairs"]["n"] == 10
+    else:
+        assert "edge stopped" in broken
+        assert "added by the dispatcher" in added
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -200,6 +255,11 @@ def test_open_loop_load_for_a_person(run, url):
         (["up", "--only", "cloud"], "stack.yml has no function 'cloud'"),
         (["build", "nothing.gguf", "out"], "is no model"),
         (["calibrate", "nothing", "--data", ".", "--grade", "guess"], "grade 'guess' is unknown"),
+        (["bench", "chaos", "--kind", "gremlins"], "fault 'gremlins' is unknown"),
+        (["bench", "cascade", "--skill", "juggling"], "holds no query"),
+        (["bench", "faults", "127.0.0.1:9", "--faults", "{}"], "must look like http://"),
+        (["bench", "faults", "http://127.0.0.1:9", "--faults", "{lag"], "are no JSON object"),
+        (["bench", "faults", "http://127.0.0.1:9", "--faults", '{"lag": 1}'], "no fault 'lag'"),
         (["bench", "load", "http://127.0.0.1:9", "--rate", "fast"], "the rate 'fast' is not a number"),
         (["bench", "load", "http://127.0.0.1:9", "--requests", "2"], "none of 2 requests was answered"),
     ],

@@ -36,6 +36,16 @@ def test_substitution(text, environment, wanted):
     assert substitute(text, environment) == wanted
 
 
+def test_a_varied_stack_has_the_named_functions_alone_each_with_its_changes(stack):
+    varied = stack.varied({"fast": ("device", {"THREADS": "8"}), "device": ("device", {})})
+    assert list(varied.functions) == ["fast", "device"]
+    assert varied.functions["device"] == stack.functions["device"]
+    fast = varied.functions["fast"]
+    assert (fast.name, fast.environment) == ("fast", {**stack.functions["device"].environment, "THREADS": "8"})
+    with pytest.raises(StackError, match="no function 'cloud'"):
+        stack.varied({"x": ("cloud", {})})
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -13,6 +13,7 @@ from models.build.gguf_source import GgufSource
 from models.build.pack import pack
 from models.runtime.engine import Decoder, Embeddings, EngineOptions
 from models.runtime.providers import PROVIDERS, usable
+from models.runtime.slowed import SlowedSession
 from tests.tiny_models import quiet, write_gguf
 
 HERE = ("OpenVINOExecutionProvider", "CPUExecutionProvider")
@@ -57,8 +58,36 @@ def test_openvino_gives_what_the_cpu_gives(tmp_path: Path) -> None:
     assert np.allclose(found["CPU"], found["OpenVINO"], atol=0.01 * np.abs(found["CPU"]).max())
 
 
-def _decoder(folder: Path, *providers: str) -> Decoder:
+def test_a_slowed_session_lasts_a_multiple_of_each_pass() -> None:
+    class Session:
+        def run_with_iobinding(self, binding: str) -> None:
+            ticks.append(ticks[-1] + int(binding))
+
+        def run_with_ort_values(self, names: str, feed: str) -> str:
+            ticks.append(ticks[-1] + 10)
+            return names + feed
+
+        def get_providers(self) -> list[str]:
+            return ["CPU"]
+
+    ticks, slept = [0], []
+    slowed = SlowedSession(Session(), 2.5, clock=lambda: ticks[-1], sleep=slept.append)
+    slowed.run_with_iobinding("4")
+    assert slowed.run_with_ort_values("a", "b") == "ab"
+    assert slowed.get_providers() == ["CPU"]
+    assert slept == [6.0, 15.0]
+
+
+def test_a_slowed_decoder_says_the_same(tmp_path: Path) -> None:
+    found = []
+    for slowdown in (1.0, 1.5):
+        with _decoder(tmp_path, "CPU", slowdown=slowdown).sequence() as sequence:
+            found.append(np.stack([sequence.logits([5, 77]).copy(), sequence.logits([9]).copy()]))
+    assert np.array_equal(found[0], found[1])
+
+
+def _decoder(folder: Path, *providers: str, slowdown: float = 1.0) -> Decoder:
     packed = pack(GgufSource(write_gguf(folder / "tiny.gguf")), "fp32", None, quiet)
     embeddings = Embeddings(packed.embeddings(), None, packed.shape.width)
-    options = EngineOptions(threads=1, providers=providers)
+    options = EngineOptions(threads=1, providers=providers, slowdown=slowdown)
     return Decoder(packed.shape, packed.segments("plain"), embeddings, options)

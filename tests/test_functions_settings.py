@@ -105,8 +105,10 @@ def test_other_peoples_variables_are_let_alone(key: str) -> None:
 
 def test_a_tiers_engine_can_be_set() -> None:
     values = {"MODEL_PATH": "m", "THREADS": "4", "PREFIX_CACHE_MB": "0", "EXECUTION_PROVIDERS": "OpenVINO, CPU"}
+    values["SLOWDOWN"] = "2.5"
     config = TierConfig.from_environment(values, "edge")
     assert (config.threads, config.prefix_cache_bytes, config.providers) == (4, 0, ("OpenVINO", "CPU"))
+    assert config.slowdown == 2.5
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,9 @@ def test_a_tiers_engine_can_be_set() -> None:
         ("EXECUTION_PROVIDER", "CPU"),
         ("PREFIX_CACHE_MB", "-1"),
         ("PREFIX_CACHE", "64"),
+        ("SLOWDOWN", "0.5"),
+        ("SLOWDOWN", "inf"),
+        ("SLOWDOWNS", "2"),
     ],
 )
 def test_a_mistake_in_a_tiers_settings_is_named(key: str, value: str) -> None:

@@ -32,6 +32,7 @@ TIER_KEYS = (
     "LOOKUP_TOKENS",
     "EXACT_DRAFTS",
     "EXECUTION_PROVIDERS",
+    "SLOWDOWN",
 )
 DISPATCHER_KEYS = ("DEVICE_URL", "EDGE_URL", "EDGE_TIMEOUT_MS", "CONFIDENCE_THRESHOLD")
 POWER_KEYS = (
@@ -76,7 +77,7 @@ FOREIGN_KEYS = (
 
 _OURS = re.compile(
     r"^(CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LOOKUP_|MAX_BODY|MAX_INFLIGHT"
-    r"|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|THREADS|TIER_)"
+    r"|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|SHARD_ID|SLOWDOWN|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -201,6 +202,7 @@ class TierConfig:
     """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
 
     `lookup_tokens` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
+    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines.
     """
 
     name: str
@@ -211,6 +213,7 @@ class TierConfig:
     providers: tuple[str, ...] = (CPU,)
     lookup_tokens: int = 0
     exact_drafts: bool = False
+    slowdown: float = 1.0
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -227,5 +230,6 @@ class TierConfig:
             providers=environment.choices("EXECUTION_PROVIDERS", cls.providers, PROVIDERS),
             lookup_tokens=environment.integer("LOOKUP_TOKENS", cls.lookup_tokens, 0, 16),
             exact_drafts=bool(environment.integer("EXACT_DRAFTS", cls.exact_drafts, 0, 1)),
+            slowdown=environment.number("SLOWDOWN", cls.slowdown, 1, 1000),
             common=Common.read(environment, max_inflight=2),
         )

@@ -45,6 +45,7 @@ def local_loader(settings: KeySettings) -> Load:
             providers=config.providers,
             lookup_tokens=config.lookup_tokens,
             exact_drafts=config.exact_drafts,
+            slowdown=config.slowdown,
             keys=wrapper,
             signer=signer,
         )

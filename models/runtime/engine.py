@@ -42,6 +42,7 @@ from models.errors import AbandonedError, ArtifactError, PromptTooLongError
 from models.runtime.memory import KeyValueMemory
 from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache
 from models.runtime.providers import CPU, short_name, usable
+from models.runtime.slowed import SlowedSession
 from models.runtime.turns import Turns
 
 Array = NDArray[Any]
@@ -70,7 +71,8 @@ class EngineOptions:
     """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
-    `models.runtime.providers`, the first that works is used.
+    `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
+    for benches that stand for slower machines.
 
     onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
     alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
@@ -84,6 +86,7 @@ class EngineOptions:
     prefix_cache_bytes: int = 0
     providers: Sequence[str] = (CPU,)
     exact_drafts: bool = False
+    slowdown: float = 1.0
 
 
 class TextSequence(Protocol):
@@ -346,9 +349,12 @@ def open_session(
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
     try:
         settings.add_external_initializers(list(weights), values)
-        return ort.InferenceSession(graph, settings, providers=usable(options.providers, ort.get_available_providers()))
+        session = ort.InferenceSession(
+            graph, settings, providers=usable(options.providers, ort.get_available_providers())
+        )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
+    return session if options.slowdown == 1 else SlowedSession(session, options.slowdown)
 
 
 def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:

@@ -221,6 +221,7 @@ class LocalTier:
         providers: Sequence[str] = (CPU,),
         lookup_tokens: int = 0,
         exact_drafts: bool = False,
+        slowdown: float = 1.0,
         keys: KeyWrapper | None = None,
         signer: bytes | None = None,
     ) -> LocalTier:
@@ -232,7 +233,7 @@ class LocalTier:
         """
         artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
-        options = EngineOptions(threads, spin, context, sequences, providers=providers)
+        options = EngineOptions(threads, spin, context, sequences, providers=providers, slowdown=slowdown)
         cache_bytes = prefix_cache_bytes if m.lm_head else 0
         writing = replace(options, prefix_cache_bytes=cache_bytes, exact_drafts=exact_drafts)
         turns = Turns()

@@ -1,0 +1,217 @@
+"""`bench cascade`: the same queries through every way to join the tiers, and what each is worth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench.arms import SEQUENTIAL, Arm
+from bench.bundle import Start
+from bench.client import Client, Reply
+from bench.errors import ServiceError
+from bench.evaluate import Answered, Asks, ask_all, outcome
+from bench.metrics import Outcome, Row, mean, oracle, percentile, row, share
+from bench.queries import Query
+from bench.slow_tiers import Site, Stage, staged
+
+DRAWS = 20
+"""How often the random router goes through the queries: one draw would be luck."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """An arm with the deadline that its requests carry; None: none."""
+
+    name: str
+    arm: Arm
+    deadline_ms: float | None = None
+
+
+def ways(arms: Sequence[Arm], deadline_ms: float, deadlines_ms: Sequence[float] = ()) -> list[Way]:
+    """Each arm once as it is meant, and those that route once more under each of the other deadlines."""
+    meant = [Way(arm.name, arm, deadline_ms if arm.hurried else None) for arm in arms]
+    routing = [arm for arm in arms if arm.model == "auto"]
+    return meant + [Way(f"{arm.name}@{ms:g}", arm, ms) for arm in routing for ms in deadlines_ms]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One row. `row` as everywhere; router times are what a reply's parts leave unexplained.
+
+    `gap_closed`: how far accuracy lies from a random router with the same share local (0) to the oracle (1).
+    `late`: share of replies that came after the deadline; `degraded`: share flagged so.
+    """
+
+    row: Row
+    deadline_ms: float | None = None
+    gap_closed: float | None = None
+    router_p50_ms: float | None = None
+    router_p99_ms: float | None = None
+    degraded: float | None = None
+    late: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values, flat."""
+        values = asdict(self)
+        return {**values.pop("row"), **values}
+
+
+class Asker:
+    """Asks each way's own dispatcher; a refusal counts as an answer that is not right."""
+
+    def __init__(self, clients: Mapping[str, Client], chosen: Sequence[Way]) -> None:
+        self._clients = clients
+        self._ways = {way.name: way for way in chosen}
+
+    def ask(self, skill: str, text: str, model: str = "auto") -> Reply:
+        """`model` is a way's name; raises `ServiceError` where nobody is there."""
+        way = self._ways[model]
+        client = self._clients[way.arm.dispatcher]
+        began = client.clock()
+        try:
+            return client.ask(skill, text, way.arm.model, deadline_ms=way.deadline_ms)
+        except ServiceError as error:
+            if error.status not in {429, 503}:
+                raise
+            return refused(error.status, 1e3 * (client.clock() - began))
+
+
+def refused(status: int, latency_ms: float) -> Reply:
+    """A refusal, as a reply that answers nothing."""
+    return Reply("", None, "refused", "refused", str(status), True, None, None, latency_ms, 0, None, "")  # noqa: FBT003
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Every answer by way, in the order of the queries; bytes on the edge's link as counted by the proxy."""
+
+    ways: Mapping[str, Way]
+    answered: Sequence[Answered]
+    link_bytes: int
+
+    @property
+    def reported_bytes(self) -> int:
+        """What the replies say crossed the link."""
+        return sum(reply.network_bytes for a in self.answered for reply in a.replies.values())
+
+
+@contextmanager
+def stage_for(start: Start, site: Site, arms: Sequence[Arm]) -> Iterator[tuple[Stage, Mapping[str, Client]]]:
+    """The tiers, and a dispatcher with a client for each arm."""
+    dispatchers = {arm.dispatcher: arm.variant for arm in arms}
+    with staged(start, site, dispatchers) as stage, ExitStack() as opened:
+        yield stage, {name: opened.enter_context(Client(stage.running.urls[name])) for name in dispatchers}
+
+
+def compare(
+    stage: Stage,
+    clients: Mapping[str, Client],
+    chosen: Sequence[Way],
+    queries: Sequence[Query],
+    advance: Callable[[], None] = lambda: None,
+) -> Compared:
+    """Ask every way every query, in turns; raises `ServiceError`."""
+    asker: Asks = Asker(clients, chosen)
+    before = stage.proxies["edge"].traffic
+    answered = ask_all(asker, queries, [way.name for way in chosen], advance)
+    crossed = stage.proxies["edge"].traffic.since(before)
+    return Compared({way.name: way for way in chosen}, answered, crossed.sent_bytes + crossed.received_bytes)
+
+
+def rows(found: Compared) -> dict[str, Figures]:
+    """A row for each way, one for the random router, one for the oracle; the first two need both tiers."""
+    outcomes = {name: [outcome(a.query, a.replies[name]) for a in found.answered] for name in found.ways}
+    figures = {
+        name: _figures(way, outcomes[name], [a.replies[name] for a in found.answered])
+        for name, way in found.ways.items()
+    }
+    if not {"device", "edge"} <= set(outcomes):
+        return figures
+    device, edge = outcomes["device"], outcomes["edge"]
+    local = figures[SEQUENTIAL].row.share_local if SEQUENTIAL in figures else None
+    if local is not None:
+        figures["random"] = Figures(row(at_random(device, edge, local)))
+    figures["oracle"] = Figures(row([oracle(d, e) for d, e in zip(device, edge, strict=True)]))
+    floor, ceiling = (figures["device"].row, figures["edge"].row), figures["oracle"].row.accuracy
+    return {name: replace(f, gap_closed=gap_closed(f.row, *floor, ceiling)) for name, f in figures.items()}
+
+
+def at_random(
+    device: Sequence[Outcome], edge: Sequence[Outcome], share_local: float, draws: int = DRAWS, seed: int = 1
+) -> list[Outcome]:
+    """What a router that tosses a coin would get: so large a share of the queries from the device, drawn anew."""
+    rng, n = random.Random(seed), len(device)
+    found = []
+    for _ in range(draws):
+        local = set(rng.sample(range(n), round(share_local * n)))
+        found += [device[i] if i in local else edge[i] for i in range(n)]
+    return found
+
+
+def gap_closed(found: Row, device: Row, edge: Row, ceiling: float | None) -> float | None:
+    """(accuracy − random's) / (oracle's − random's), random's at the same share local; None where there is no gap."""
+    if None in {found.accuracy, found.share_local, device.accuracy, edge.accuracy, ceiling}:
+        return None
+    local = found.share_local or 0.0
+    floor = local * (device.accuracy or 0.0) + (1 - local) * (edge.accuracy or 0.0)
+    gap = (ceiling or 0.0) - floor
+    return ((found.accuracy or 0.0) - floor) / gap if gap > 0 else None
+
+
+def router_ms(reply: Reply) -> float | None:
+    """The reply's total less its parts; None without parts, and where they overlapped (tiers at the same time)."""
+    parts = reply.timing_ms
+    if not parts.get("total"):
+        return None
+    left = parts["total"] - sum(parts.get(name, 0.0) for name in ("queue", "network", "prefill", "decode"))
+    return left if left >= 0 else None
+
+
+def _figures(way: Way, outcomes: Sequence[Outcome], replies: Sequence[Reply]) -> Figures:
+    router = [ms for reply in replies if (ms := router_ms(reply)) is not None]
+    deadline_ms = way.deadline_ms
+    return Figures(
+        row=row(outcomes),
+        deadline_ms=deadline_ms,
+        router_p50_ms=percentile(router, 0.50),
+        router_p99_ms=percentile(router, 0.99),
+        degraded=mean([float(reply.degraded) for reply in replies]),
+        late=None if deadline_ms is None else share(outcomes, lambda o: o.latency_ms > deadline_ms),
+    )
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One point: an arm under a deadline."""
+
+    arm: str
+    deadline_ms: float
+    accuracy: float | None
+    p99_ms: float | None
+    late: float | None
+
+
+def frontier(found: Compared, figures: Mapping[str, Figures]) -> list[Frontier]:
+    """Every row that had a deadline."""
+    return [
+        Frontier(way.arm.name, way.deadline_ms, f.row.accuracy, f.row.p99_ms, f.late)
+        for name, way in found.ways.items()
+        if way.deadline_ms is not None and (f := figures[name])
+    ]
+
+
+def verdict(figures: Mapping[str, Figures], p99_ms: float, points: float) -> dict[str, Any]:
+    """Which rows have their p99 under a bound and lose at most so many points of accuracy to sequential escalation."""
+    bar = figures[SEQUENTIAL].row.accuracy if SEQUENTIAL in figures else None
+    good = [
+        name
+        for name, f in figures.items()
+        if f.deadline_ms is not None
+        and bar is not None
+        and (f.row.p99_ms or 0.0) < p99_ms
+        and 100 * (bar - (f.row.accuracy or 0.0)) <= points
+    ]
+    return {"p99_below_ms": p99_ms, "points_lost_at_most": points, "rows": good, "passed": bool(good)}

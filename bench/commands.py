@@ -1,0 +1,289 @@
+"""`edgecascade bench …`: each command opens what it measures with, and nothing else.
+
+Rooms that `bench` must not import are handed in by the command line, as the context's `obj`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.bundle import Start
+from bench.queries import Query
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
+Skill = Annotated[str, typer.Option(help="assistant, home, banking or chat.")]
+Tier = Annotated[Path, typer.Argument(help="A tier's folder, as `edgecascade build` writes it.")]
+BenchData = Annotated[
+    Path | None, typer.Option(help="JSON lines, or the published sets' folder, of which the test halves; else our own.")
+]
+Skills = Annotated[list[str] | None, typer.Option(help="This skill; may be given again. All by default.")]
+SKILLS = ("assistant", "home", "banking")
+
+app = typer.Typer(help="Measure a running service, the engine, or what a tier costs.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the benches need of other rooms.
+
+    `smollm2` is the model's file, fetched if need be; `home` where things are built; `start` runs a bundle;
+    `published` reads a split of the published sets for some skills.
+    """
+
+    smollm2: Callable[[Callable[[float, float, str], None]], Path]
+    home: Callable[[], Path]
+    start: Start
+    published: Callable[..., Sequence[Query]]
+
+
+@app.command("faults")
+def faults(
+    target: Annotated[str, typer.Argument(help="What to pass on to, http://host:port.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0: a free port.")] = 0,
+    control: Annotated[int, typer.Option(min=0, max=65535, help="Where to take orders; 0: a free port.")] = 0,
+    orders: Annotated[str, typer.Option("--faults", help="What to begin with, as JSON.")] = "{}",
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+) -> None:
+    """Run a TCP proxy that delays, thins, cuts, garbles or swallows, and counts bytes; until Ctrl-C.
+
+    Examples: edgecascade bench faults http://127.0.0.1:5001 --port 7001 --control 7002
+              edgecascade bench faults http://127.0.0.1:5001 --faults '{"both": {"latency_ms": 6, "jitter_ms": 1}}'
+    """
+    from bench.faults.control import parse, serve
+
+    serve(target, port, control, parse(orders), seed)
+
+
+@app.command("grammar")
+def grammar(
+    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in turns.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+) -> None:
+    """Measure what holding answers to a form costs, and what forced tokens save; the last line is JSON.
+
+    Example: edgecascade bench grammar var/edge --rounds 9
+    """
+    from bench.grammar import measure, report
+
+    report(measure(tier, rounds, max_tokens, threads))
+
+
+@app.command("drafts")
+def drafts(
+    context: typer.Context,
+    tier: Annotated[Path, typer.Argument(help="The artifact of a tier that chats.")] = Path("var/edge"),
+    data: BenchData = None,
+    queries: Annotated[int, typer.Option(min=1, help="At most so many, drawn by a fixed seed.")] = 1000,
+    source: Annotated[
+        str, typer.Option("--drafts", help="own: the tier's answers; none; or the folder of a tier that writes them.")
+    ] = "own",
+    corrupt: Annotated[float, typer.Option(min=0, max=1, help="Share of a draft's words that are replaced.")] = 0.1,
+    lookup: Annotated[int, typer.Option(min=0, max=16, help="LOOKUP_TOKENS of the tier that is given drafts.")] = 0,
+    exact: Annotated[bool, typer.Option(help="Run the tier with EXACT_DRAFTS.")] = True,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens an answer.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+) -> None:
+    """Measure what drafts of answers save, and whether they change the answers; the last line is JSON.
+
+    Examples: edgecascade bench drafts var/edge --corrupt 0.2 --queries 200
+              edgecascade bench drafts var/edge --drafts var/edge-gptq --corrupt 0
+              edgecascade bench drafts var/edge --drafts none --lookup 4
+    """
+    from bench.drafts import Plan, figures, measure, report
+    from bench.progress import bar
+
+    rooms: Rooms = context.obj
+    texts = [query.text for query in _queries(rooms, data, ["assistant"], queries)]
+    with bar("asking") as progress:
+        asked = measure(Plan(tier, source, corrupt, lookup, exact, max_tokens, threads), texts, progress)
+    report(figures(asked))
+
+
+@app.command("load")
+def load(
+    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible address, without /v1.")],
+    callers: Annotated[int, typer.Option(min=1, help="Closed loop: so many at a time.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, help="Closed loop: so many in all.")] = 100,
+    rate: Annotated[str, typer.Option(help="Open loop: Poisson arrivals a second; several by commas are steps.")] = "",
+    seconds: Annotated[float, typer.Option(help="Open loop: length of the run, or of each step.")] = 10.0,
+    skill: Skill = "chat",
+    model: Annotated[str, typer.Option(help="The model to name.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.")] = 32,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with the texts to send instead of our own.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Write latencies to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send load and report latency, time to first token and errors.
+
+    Examples: edgecascade bench load http://127.0.0.1:8080 --callers 8 --requests 200
+              edgecascade bench load http://127.0.0.1:8080 --rate 2,5,10 --seconds 20 --plot load.png
+    """
+    from bench.client import Client
+    from bench.load import Load, rates, steps
+    from bench.measure import print_load, send
+    from bench.progress import bar
+    from bench.queries import OWN_QUERIES, read
+
+    own_skill = None if skill == "chat" else skill
+    texts = [query.text for query in read(data or OWN_QUERIES, own_skill)]
+    arrivals = steps(rates(rate), seconds) if rate else []
+    with Client(url, api_key=api_key or None) as client, bar("sending") as report:
+        shots = send(client, Load(texts, skill, model, max_tokens), arrivals, callers, requests, report)
+    print_load(shots, plot, as_json=as_json)
+
+
+@app.command("cascade")
+def cascade(
+    context: typer.Context,
+    data: BenchData = None,
+    skill: Skills = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many queries a skill, by a fixed seed; 0: all.")] = 100,
+    deadline: Annotated[float, typer.Option(min=1, help="What requests carry where speed is the point, ms.")] = 80.0,
+    deadlines: Annotated[str, typer.Option(help="More deadlines by commas, for the frontier.")] = "",
+    device_ms: Annotated[float, typer.Option(min=1, help="The device's mean reply.")] = 38.0,
+    edge_ms: Annotated[float, typer.Option(min=1, help="The edge's mean reply, the network included.")] = 92.0,
+    network_ms: Annotated[float, typer.Option(min=0, help="There and back between the sites.")] = 12.0,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Leave the tiers as fast as they are.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy against deadline to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the ways to join the tiers, which stand for slower machines, on labelled queries.
+
+    Examples: edgecascade bench cascade --json
+              edgecascade bench cascade --data ../data --deadlines 60,100,140 --plot frontier.png
+    """
+    from bench.load import rates
+    from bench.measure import cascade as measure
+    from bench.measure import site_of
+
+    rooms: Rooms = context.obj
+    queries = _queries(rooms, data, skill or list(SKILLS), limit)
+    wanted = None if as_is else {"device": device_ms, "edge": edge_ms}
+    site = site_of(rooms.start, wanted, network_ms, queries)
+    more = rates(deadlines) if deadlines else []
+    measure(rooms.start, queries, site, deadline, more, plot, as_json=as_json)
+
+
+@app.command("overhead")
+def overhead(
+    context: typer.Context,
+    pairs: Annotated[int, typer.Option(min=10, help="Questions asked both ways.")] = 500,
+    rate: Annotated[float, typer.Option(min=1, help="Requests a second of the open loop.")] = 50.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of the open loop, each way.")] = 40.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the dispatcher adds to asking the device tier directly: in pairs, and under load.
+
+    Example: edgecascade bench overhead --pairs 1000
+    """
+    from bench.measure import overhead as measure
+
+    rooms: Rooms = context.obj
+    queries = _queries(rooms, data, list(SKILLS), 100)
+    measure(rooms.start, queries, pairs, rate, seconds, as_json=as_json)
+
+
+@app.command("chaos")
+def chaos(
+    context: typer.Context,
+    requests: Annotated[int, typer.Option(min=1, help="Sent under each fault.")] = 200,
+    callers: Annotated[int, typer.Option(min=1, help="So many at a time.")] = 2,
+    deadline: Annotated[float, typer.Option(min=1, help="Of each request, ms.")] = 250.0,
+    kind: Annotated[list[str] | None, typer.Option(help="This fault; may be given again. All by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Length of each rate around saturation; 0: none.")] = 5.0,
+    slowdown: Annotated[float, typer.Option(min=1, help="Of both tiers: what stands for slower machines.")] = 4.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Break each tier in each way: is every request answered, in time, truthfully? Then flood them.
+
+    Examples: edgecascade bench chaos --json
+              edgecascade bench chaos --kind stalled --kind garbage --requests 1000 --seconds 0
+    """
+    from bench.chaos import KINDS, Plan
+    from bench.errors import BenchError
+    from bench.measure import chaos as measure
+    from bench.slow_tiers import TIERS, Site
+
+    rooms: Rooms = context.obj
+    kinds = kind or list(KINDS)
+    for name in set(kinds) - set(KINDS):
+        raise BenchError(f"fault '{name}' is unknown; use {', '.join(KINDS)}")
+    site = Site(dict.fromkeys(TIERS, slowdown))
+    plan = Plan(requests, callers, deadline)
+    measure(rooms.start, _queries(rooms, data, list(SKILLS), 100), site, plan, kinds, seconds, as_json=as_json)
+
+
+@app.command("seal")
+def seal(
+    artifact: Tier,
+    rounds: Annotated[int, typer.Option(min=3, help="Each opens the plain and the sealed one in turn.")] = 11,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure what sealing costs when a tier is opened: a copy sealed under a passing key beside the plain one.
+
+    Example: edgecascade bench seal var/edge --rounds 21
+    """
+    from bench.opening import compare, opening_pairs, print_comparison
+    from bench.progress import bar
+
+    with opening_pairs(artifact, threads) as pairs, bar("opening") as report:
+        figures = compare(pairs, rounds, report)
+    print_comparison(figures, as_json=as_json)
+
+
+@app.command("engine")
+def engine(
+    context: typer.Context,
+    peers: Annotated[str, typer.Option(help="Some of ours,llama.cpp,genai,optimum,transformers; all by default.")] = "",
+    shape: Annotated[str, typer.Option(help="smollm2, or random weights: qwen05, 1b.")] = "smollm2",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of everybody; figures are their medians.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each contender.")] = 2,
+    huge_pages: Annotated[bool, typer.Option(help="Start everybody with huge pages, as stack.yml starts ours.")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Shows that all runs; its figures are not to be quoted.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write speed and loss to this PNG, and an SVG beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure our engine against llama.cpp and others on the same weights, interleaved, quality included.
+
+    Examples: edgecascade bench engine --plot engine.png      edgecascade bench engine --quick --peers ours
+    """
+    from bench.engine import Plan, finish, measure, model, show
+    from bench.peers import chosen
+    from bench.progress import bar, terminal
+
+    rooms: Rooms = context.obj
+    names = chosen(peers)
+    plan = Plan(rounds=rounds, threads=threads, huge_pages=huge_pages)
+    plan = plan.quick() if quick else plan
+    with bar("measuring") as report:
+        found = model(shape, lambda: rooms.smollm2(report), rooms.home() / "bench")
+        run = measure(found, names, plan, report)
+    console = terminal(stderr=as_json)
+    if not as_json:
+        show(run, found, plan, console)
+    finish(run, plot, found.name, console, print)
+
+
+def _queries(rooms: Rooms, data: Path | None, skills: Sequence[str], limit: int) -> list[Query]:
+    """Labelled queries of some skills, shuffled together by a fixed seed; raises `BenchError`."""
+    from bench.queries import OWN_QUERIES, read, sample
+
+    if data is not None and data.is_dir():
+        found = list(rooms.published(data, "test", *skills))
+    else:
+        named = read(data or OWN_QUERIES, skills[0] if len(skills) == 1 else None)
+        found = [query for query in named if query.skill in skills]
+    return sample(found, limit or len(found))

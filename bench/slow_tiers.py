@@ -1,0 +1,100 @@
+"""Tiers slowed to given means by the cost of their forward passes: how much slower each pass must be is found by trial.
+
+A reply takes a + b × slowdown; two trials tell a and b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from bench.bundle import Running, Start, Variant
+from bench.client import Client
+from bench.evaluate import ask_all
+from bench.faults import FaultProxy, Faults
+from bench.metrics import mean
+from bench.queries import Query
+
+TIERS = ("device", "edge")
+_SETTING = "SLOWDOWN"
+_LEAST, _MOST = 1.0, 1000.0
+_LEAST_STEP = 0.25
+"""Two trials closer together than this tell more about the noise than about the tier."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """How the two sites are joined and what slower machines they stand for; `network_ms` there and back."""
+
+    slowdown: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TIERS, _LEAST))
+    network_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A running bundle whose dispatchers reach each tier through a proxy."""
+
+    running: Running
+    proxies: Mapping[str, FaultProxy]
+
+
+def tier_variants(site: Site) -> dict[str, Variant]:
+    """Both tiers, as slow as the site has them."""
+    return {name: Variant(name, {_SETTING: f"{site.slowdown[name]:.4f}"}) for name in TIERS}
+
+
+@contextmanager
+def staged(start: Start, site: Site, dispatchers: Mapping[str, Variant], seed: int = 1) -> Iterator[Stage]:
+    """Start both tiers and some dispatchers, with a proxy before each tier; the network lies before the edge."""
+    with FaultProxy(seed=seed) as device, FaultProxy(seed=seed + 1) as edge:
+        proxies = {"device": device, "edge": edge}
+        urls = {"DEVICE_URL": device.url, "EDGE_URL": edge.url}
+        joined = {n: Variant(v.of, {**urls, **v.environment}) for n, v in dispatchers.items()}
+        with start({**joined, **tier_variants(site)}) as running:
+            for name, proxy in proxies.items():
+                proxy.target = running.urls[name]
+            edge.set(Faults(latency_ms=site.network_ms / 2))
+            yield Stage(running, proxies)
+
+
+def slowed_to(
+    start: Start,
+    wanted_ms: Mapping[str, float],
+    network_ms: float,
+    queries: Sequence[Query],
+    say: Callable[[str], None] = lambda _text: None,
+) -> Site:
+    """The site at which replies through the dispatcher take `wanted_ms` on average; a tier that is slower stays so."""
+    trials: list[tuple[Site, Mapping[str, float]]] = []
+    site = Site(network_ms=network_ms)
+    for _ in range(2):
+        found = _means(start, site, queries)
+        trials.append((site, found))
+        say(", ".join(f"{n}: {found[n]:.1f} ms at slowdown {site.slowdown[n]:.2f}" for n in TIERS))
+        site = Site(
+            {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}, network_ms
+        )  # fmt: skip
+    return site
+
+
+def solve(trials: Sequence[tuple[float, float]], wanted_ms: float) -> float:
+    """The slowdown at which a reply takes `wanted_ms`, from (slowdown, ms) of one or two trials; at least 1.
+
+    After one trial, all of the time is taken to be the passes'.
+    """
+    slowdown, taken_ms = trials[-1]
+    if len(trials) == 1 or abs(trials[1][0] - trials[0][0]) < _LEAST_STEP:
+        found = slowdown * wanted_ms / taken_ms
+    else:
+        (k1, ms1), (k2, ms2) = trials
+        slope = (ms2 - ms1) / (k2 - k1)
+        found = k2 + (wanted_ms - ms2) / slope if slope > 0 else slowdown
+    return min(_MOST, max(_LEAST, found))
+
+
+def _means(start: Start, site: Site, queries: Sequence[Query]) -> dict[str, float]:
+    dispatchers = {"dispatcher": Variant("dispatcher")}
+    with staged(start, site, dispatchers) as stage, Client(stage.running.urls["dispatcher"]) as client:
+        answered = ask_all(client, queries, TIERS)
+    return {name: mean([a.replies[name].latency_ms for a in answered]) or 0.0 for name in TIERS}
