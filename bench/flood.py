@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, cycle
@@ -72,10 +72,9 @@ class Flood:
         """So many at a time until so many were sent."""
         return asyncio.run(self._closing(self._closed(callers, requests)))
 
-    async def _closing(self, work: Any) -> list[Answer]:
+    async def _closing(self, work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
         try:
-            found: list[Answer] = await work
-            return found
+            return await work
         finally:
             for _, writer in self._idle:
                 writer.close()

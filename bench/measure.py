@@ -25,7 +25,6 @@ from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
 from bench.progress import bar, terminal
 from bench.queries import Query
-from bench.slow_tiers import TIERS as TIERS_TO_BREAK
 from bench.slow_tiers import Site, slowed_to
 
 TIERS = ("device", "edge", "auto")
@@ -162,9 +161,7 @@ def chaos(
 ) -> None:
     """Break the tiers, then flood them, and print what came of it; raises `BenchError`."""
     with bar("breaking") as report:
-        done = count(1)
-        total = len(kinds) * len(TIERS_TO_BREAK)
-        found = cases(start, site, queries, plan, kinds, lambda name: report(next(done), total, name))
+        found = cases(start, site, queries, plan, kinds, report)
     most, steps = saturation.around(start, site, queries, plan.deadline_ms, seconds) if seconds else (0.0, [])
     if as_json:
         beyond = {"saturation": saturation.as_dict(most, steps)} if steps else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from typing import Any
 
 from bench.bundle import Running
@@ -109,7 +110,7 @@ def measure(
         paired = of_pairs(pairs(direct, through, queries, count, advance))
     turns = 4
     loaded = at_rate(running.urls, queries, rate, seconds / turns, turns)
-    timed = {name: [_timed(a) for a in answers if a.status == 200] for name, answers in loaded.items()}  # noqa: PLR2004
+    timed = {name: [_timed(a) for a in answers if a.status == HTTPStatus.OK] for name, answers in loaded.items()}
     under_load = of_quantiles(timed[TIER], timed[DISPATCHER])
     return {
         "pairs": {"n": count, **asdict(paired)},

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from bench.bundle import Start, Variant
@@ -77,7 +78,7 @@ def goodput(answers: Sequence[Answer], deadline_ms: float) -> float:
 def step(load: float, rate: float, answers: Sequence[Answer], deadline_ms: float) -> Step:
     """Sum up one rate."""
     refused = [1e3 * (a.done_s - a.sent_s) for a in answers if a.status in REJECTIONS]
-    answered = [a for a in answers if a.status == 200]  # noqa: PLR2004
+    answered = [a for a in answers if a.status == HTTPStatus.OK]
     return Step(
         load=load,
         requests_per_s=rate,
@@ -95,7 +96,7 @@ def step(load: float, rate: float, answers: Sequence[Answer], deadline_ms: float
 
 def _good(answer: Answer, deadline_ms: float) -> bool:
     in_time = answer.latency_ms <= deadline_ms + GRACE_MS
-    return answer.status == 200 and in_time and answer.extra.get("source") in TIERS  # noqa: PLR2004
+    return answer.status == HTTPStatus.OK and in_time and answer.extra.get("source") in TIERS
 
 
 def as_dict(most: float, steps: Sequence[Step]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def start_here(variants: Mapping[str, Variant]) -> Iterator[Running]:
             else:
                 app = tier_app(FakeTier(card(variant.of)), max_inflight=64)
             urls[name] = opened.enter_context(served(app))
-        yield Running(urls, dict.fromkeys(variants, 0))
+        yield Running(urls, {})
 
 
 def _function(name: str, app: str, **environment: str) -> Function:

@@ -45,7 +45,7 @@ def test_what_is_true(target, found):
     [
         ("edge", said("edge", "low_confidence"), "names the edge"),
         ("edge", said("canned", "edge_unavailable"), "not flagged"),
-        ("edge", said("device", "confident", degraded=True), "which is none"),
+        ("edge", said("device", "confident", degraded=True), "not what happened"),
         ("edge", said("device", "device_error", degraded=True), "not what happened"),
         ("", said("device", "edge_unavailable", degraded=True), "not what happened"),
         ("edge", said("device", "confident", confidence=0.1, threshold=0.8), "unsure"),
@@ -90,6 +90,11 @@ def test_whatever_breaks_every_request_is_answered_and_the_reply_says_so(kind):
     assert kind == "slow" or found[0].sources == {"device": 6, "edge": 3}
     assert tables.chaos_table(found, "t").row_count == 3
     assert json.loads(json.dumps(chaos.as_dict(found)))["cases"][0]["name"] == "none"
+
+
+def test_what_is_no_process_is_not_stalled():
+    with pytest.raises(BenchError, match="no process group"):
+        cases(start_here, SITE, QUERIES, Plan(requests=1, deadline_ms=4000), ["stalled"])
 
 
 @pytest.mark.slow
