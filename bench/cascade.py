@@ -42,7 +42,8 @@ class Figures:
     """One row. `row` as everywhere; router times are what a reply's parts leave unexplained.
 
     `gap_closed`: how far accuracy lies from a random router with the same share local (0) to the oracle (1).
-    `late`: share of replies that came after the deadline; `degraded`: share flagged so.
+    `late`: share of replies that came after the deadline; `degraded`: share flagged so. `same_as_edge`: share of the
+    replies whose source is the edge that say word for word what the edge alone says.
     """
 
     row: Row
@@ -52,6 +53,7 @@ class Figures:
     router_p99_ms: float | None = None
     degraded: float | None = None
     late: float | None = None
+    same_as_edge: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values, flat."""
@@ -125,7 +127,10 @@ def rows(found: Compared) -> dict[str, Figures]:
     """A row for each way, one for the random router, one for the oracle; the first two need both tiers."""
     outcomes = {name: [outcome(a.query, a.replies[name]) for a in found.answered] for name in found.ways}
     figures = {
-        name: _figures(way, outcomes[name], [a.replies[name] for a in found.answered])
+        name: replace(
+            _figures(way, outcomes[name], [a.replies[name] for a in found.answered]),
+            same_as_edge=same_as_edge(found.answered, name),
+        )
         for name, way in found.ways.items()
     }
     if not {"device", "edge"} <= set(outcomes):
@@ -159,6 +164,14 @@ def gap_closed(found: Row, device: Row, edge: Row, ceiling: float | None) -> flo
     floor = local * (device.accuracy or 0.0) + (1 - local) * (edge.accuracy or 0.0)
     gap = (ceiling or 0.0) - floor
     return ((found.accuracy or 0.0) - floor) / gap if gap > 0 else None
+
+
+def same_as_edge(answered: Sequence[Answered], name: str) -> float | None:
+    """Share of a way's replies by the edge whose text is that of the edge alone; None where nothing can be compared."""
+    pairs = [(a.replies[name], a.replies["edge"]) for a in answered if "edge" in a.replies]
+    return mean(
+        [float(reply.text == edge.text) for reply, edge in pairs if reply.source == "edge" and not reply.degraded]
+    )
 
 
 def router_ms(reply: Reply) -> float | None:

@@ -130,6 +130,8 @@ def test_rows_of_every_way_of_chance_and_of_the_oracle(compared):
     assert figures["sequential"].row.share_local == pytest.approx(2 / 3), "'maybe' went to the edge"
     assert figures["oracle"].row.accuracy == pytest.approx(2 / 3)
     assert figures["edge"].row.bytes > 0
+    assert figures["sequential"].same_as_edge == figures["edge"].same_as_edge == 1.0
+    assert figures["device"].same_as_edge is None
     assert figures["device"].row.bytes == 0
     assert figures["device"].router_p50_ms is not None
     assert json.loads(json.dumps(figures["sequential"].as_dict()))["gap_closed"] is None, "here is no gap"

@@ -114,7 +114,7 @@ def test_latency_is_added_each_way(proxy):
         assert timed(caller, b"x") >= 40
 
 
-def test_jitter_keeps_the_order_and_repeats_with_the_seed(echo):
+def test_jitter_keeps_the_order(echo):
     faults = Faults(latency_ms=3, jitter_ms=3)
     with FaultProxy(echo.url, seed=1) as proxy, call(proxy) as caller:
         proxy.set(faults)

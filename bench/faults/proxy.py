@@ -139,8 +139,8 @@ class FaultProxy:
         if not parts.hostname:
             raise _ResetError
         far_reader, far_writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
-        up = _Way(reader, far_writer, lambda: self._up, random.Random(f"{self._seed} {number} up"))
-        down = _Way(far_reader, writer, lambda: self._down, random.Random(f"{self._seed} {number} down"))
+        up = _Way(reader, far_writer, lambda: self._up, f"{self._seed} {number} up")
+        down = _Way(far_reader, writer, lambda: self._down, f"{self._seed} {number} down")
         heads = RequestCounter()
 
         async def sent(data: bytes) -> bool:
@@ -182,9 +182,10 @@ class _Way:
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         faults: Callable[[], Faults],
-        rng: random.Random,
+        seed: str,
     ) -> None:
-        self._source, self._sink, self._faults, self._rng = source, sink, faults, rng
+        self._source, self._sink, self._faults = source, sink, faults
+        self._delays, self._noise = random.Random(f"{seed} delays"), random.Random(f"{seed} noise")
         self._queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_PIECES_IN_FLIGHT)
         self._due = 0.0
         self._passed = 0
@@ -212,7 +213,7 @@ class _Way:
 
     async def _put(self, data: bytes) -> None:
         now = asyncio.get_running_loop().time()
-        self._due = max(self._due, now + self._faults().delay_s(self._rng))
+        self._due = max(self._due, now + self._faults().delay_s(self._delays))
         await self._queue.put((self._due, data))
 
     async def _let_through(self, data: bytes, passed: Callable[[int], None]) -> None:
@@ -227,7 +228,7 @@ class _Way:
             left = None if faults.reset_after_bytes is None else max(0, faults.reset_after_bytes - self._passed)
             if faults.bytes_per_s is not None:
                 await asyncio.sleep(len(piece) / faults.bytes_per_s)
-            await self._send(faults.corrupted(piece[:left], self._rng), passed)
+            await self._send(faults.corrupted(piece[:left], self._noise), passed)
             if left is not None and left < len(piece):
                 raise _ResetError
             if faults.slice_bytes is not None:
