@@ -191,6 +191,11 @@ def test_what_a_dispatcher_adds_by_hand():
     assert overhead.of_quantiles([], [far]).p50_ms is None
 
 
+@pytest.mark.parametrize(("found", "passed"), [(1.0, True), (1.6, False), (-0.5, True), (-40.0, None), (None, None)])
+def test_a_bound_is_kept_or_not_or_lost_in_noise(found, passed):
+    assert overhead._at_most(found, 1.5)["passed"] is passed
+
+
 def test_overhead_of_a_running_bundle():
     with start_here({name: Variant(name) for name in ("device", "edge", "dispatcher")}) as running:
         figures = overhead.measure(running, [SURE, UNSURE, WRONG], count=6, rate=40, seconds=1.0)
