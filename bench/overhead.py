@@ -132,6 +132,6 @@ def _timed(answer: Answer) -> Timed:
 
 
 def _at_most(found: float | None, bound_ms: float) -> dict[str, Any]:
-    """Whether a bound is kept; None where the noise is larger than the bound: nothing is faster through a dispatcher."""
+    """Whether a bound is kept; None where the noise is larger than it: nothing is faster through a dispatcher."""
     noisy = found is None or found < -bound_ms
     return {"ms": found, "at_most_ms": bound_ms, "passed": None if noisy else (found or 0.0) <= bound_ms}
