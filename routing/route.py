@@ -30,7 +30,7 @@ def route(policy: Policy, conditions: Conditions, request: Request, observed: Ob
         step = _chat(policy, conditions, request, observed)
     else:
         step = _out_of_scope(_frame(policy, conditions, request, observed), policy, conditions, request, observed)
-    stop = None if step.is_last else _stop(conditions, observed)
+    stop = None if step.is_last else _stop(conditions)
     return step if stop is None else _best_so_far(observed, stop)
 
 
@@ -44,14 +44,12 @@ def _is_local_only(policy: Policy, request: Request) -> bool:
     return request.local_only or request.skill in policy.local_only_skills
 
 
-def _stop(conditions: Conditions, observed: Observed) -> Failure | None:
+def _stop(conditions: Conditions) -> Failure | None:
     """Why nobody may be asked or waited for any more, or None."""
     if conditions.power.mode is PowerMode.CRITICAL:
         return Failure("battery")
     if conditions.remaining_ms <= 0:
         return Failure("deadline")
-    if conditions.too_slow and observed == Observed():
-        return Failure("latency")
     return None
 
 
@@ -73,7 +71,7 @@ def _edge_barred(policy: Policy, conditions: Conditions, request: Request) -> Fa
         return Failure("battery")
     if not conditions.edge_up:
         return Failure("edge_unavailable")
-    if conditions.remaining_ms < policy.edge.least_ms:
+    if conditions.remaining_ms < max(policy.edge.least_ms, conditions.least_edge_ms or 0.0):
         return Failure("deadline")
     return None
 
@@ -150,8 +148,7 @@ def _while_device_works(
     policy: Policy, conditions: Conditions, request: Request, device: Pending, before: Outcome | None
 ) -> Step:
     """Start the edge too if the time or a poor forecast asks for it, or the device is slow; else wait."""
-    edge_ms, left_ms = conditions.edge_ms or 0.0, conditions.remaining_ms
-    if conditions.power.mode is not PowerMode.NORMAL or before is not None or edge_ms > left_ms:
+    if conditions.power.mode is not PowerMode.NORMAL or before is not None:
         return _wait()
     if policy.edge.early and _is_early(policy, conditions, request, device):
         return Step(Kind.ASK_EDGE, "edge", "edge", "early")
@@ -160,8 +157,9 @@ def _while_device_works(
         slow_in_ms = conditions.slow_device_ms - device.waited_ms
         if slow_in_ms <= 0:
             return Step(Kind.ASK_EDGE, "edge", "edge", "hedged", spends="hedge")
-    # The last moment at which the edge still makes it.
-    last_call_ms = left_ms - edge_ms if policy.edge.early and conditions.edge_ms is not None else math.inf
+    last_call_ms = math.inf  # from then on the edge would hardly make it
+    if policy.edge.early and conditions.edge_ms is not None and conditions.device_ms is not None:
+        last_call_ms = conditions.remaining_ms - conditions.edge_ms
     return _wait(min(slow_in_ms, last_call_ms))
 
 

@@ -17,8 +17,7 @@ class Conditions:
     """What is known about the world when the decision is made; `remaining_ms` counts to the request's deadline.
 
     `device_ms` and `edge_ms` are how long the tiers may take (the edge with its network), `slow_device_ms` is what the
-    device seldom exceeds; None: not known yet. `may_hedge` and `may_retry`: the budgets have something left.
-    `too_slow`: answers take longer than the policy's ceiling.
+    device seldom exceeds, `least_edge_ms` what the edge seldom falls below; None: not known yet. `may_hedge` and `may_retry`: the budgets have something left.
     """
 
     device_up: bool = True
@@ -28,9 +27,9 @@ class Conditions:
     device_ms: float | None = None
     slow_device_ms: float | None = None
     edge_ms: float | None = None
+    least_edge_ms: float | None = None
     may_hedge: bool = False
     may_retry: bool = False
-    too_slow: bool = False
 
 
 @dataclass(frozen=True)

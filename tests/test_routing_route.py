@@ -42,8 +42,8 @@ def parse_request(cell: str) -> Request:
     return Request(skill, **values)
 
 
-_TIMES = {"device": "device_ms", "edge": "edge_ms", "slow": "slow_device_ms", "remaining": "remaining_ms"}
-_FLAGS = {"hedge": "may_hedge", "retry": "may_retry", "too_slow": "too_slow"}
+_TIMES = {"device": "device_ms", "edge": "edge_ms", "slow": "slow_device_ms", "least": "least_edge_ms", "remaining": "remaining_ms"}
+_FLAGS = {"hedge": "may_hedge", "retry": "may_retry"}
 
 
 def parse_conditions(cell: str) -> tuple[Policy, Conditions]:
@@ -119,9 +119,9 @@ conditions_ = st.builds(
     device_ms=times_ms,
     slow_device_ms=times_ms,
     edge_ms=times_ms,
+    least_edge_ms=times_ms,
     may_hedge=st.booleans(),
     may_retry=st.booleans(),
-    too_slow=st.booleans(),
 )
 requests_ = st.builds(
     Request,

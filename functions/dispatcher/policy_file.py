@@ -16,12 +16,13 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from functions.serving.settings import ConfigError
+from functions.serving.settings import ConfigError, Environment
 from routing.policy import Policy
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "POLICY_"
 FILE_KEY = "POLICY_FILE"
+THRESHOLD_KEY = "CONFIDENCE_THRESHOLD"
 _LOOK_EVERY_S = 1.0
 _FILE_BYTES = 1 << 20
 
@@ -60,8 +61,9 @@ class PolicySource:
             if name not in known:
                 raise ConfigError(f"{name} is no key of the policy; known are {', '.join([FILE_KEY, *sorted(known)])}")
             overrides.append((known[name], _yaml(value, name)))
-        if values.get("CONFIDENCE_THRESHOLD", "").strip():
-            overrides.append(("confidence_threshold", _yaml(values["CONFIDENCE_THRESHOLD"], "CONFIDENCE_THRESHOLD")))
+        if values.get(THRESHOLD_KEY, "").strip():
+            threshold = Environment(values).number(THRESHOLD_KEY, 1, 0, 1)
+            overrides.append(("confidence_threshold", threshold))
         return cls(Path(path) if path else None, tuple(overrides))
 
     def load(self) -> Policy:

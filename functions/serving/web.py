@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +25,23 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Site:
-    """What the routes of one function share; under `app.extensions["edgecascade"]` for whoever runs the app."""
+    """What the routes of one function share; under `app.extensions["edgecascade"]` for whoever runs the app.
+
+    `deadlines_ms` gives the deadlines by class that a request may name, as they are then.
+    """
 
     name: str
     common: Common
     gate: Gate
     metrics: Metrics
     drain: Drain
+    deadlines_ms: Callable[[], Mapping[str, float]] = dict
 
     @classmethod
-    def create(cls, name: str, common: Common) -> Site:
+    def create(cls, name: str, common: Common, deadlines_ms: Callable[[], Mapping[str, float]] = dict) -> Site:
         """Make the parts from the settings."""
         gate = Gate(common.max_inflight, common.queue_limit)
-        return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain())
+        return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain(), deadlines_ms)
 
 
 def create_base(site: Site, lifecycle: Lifecycle) -> Flask:
