@@ -85,9 +85,7 @@ def _device_barred(conditions: Conditions) -> Failure | None:
 
 
 def _standing(outcome: Outcome | None, barred: Failure | None, conditions: Conditions) -> Outcome | None:
-    """How a tier stands: what it said, or why it must not be asked; None if it is to be asked, for the first time or
-    again.
-    """
+    """What the tier said, or why it must not be asked; None if it is to be asked, for the first time or again."""
     if outcome is None:
         return barred
     again = isinstance(outcome, Failure) and outcome.retriable and outcome.attempts < _MOST_ATTEMPTS
@@ -123,7 +121,9 @@ def _fall_back(failure: Failure) -> Step:
     return Step(Kind.FALL_BACK, "", "fallback", failure.reason, degraded=True)
 
 
-def _frame(policy: Policy, conditions: Conditions, request: Request, observed: Observed) -> Step:
+def _frame(  # noqa: PLR0911  # one line for each way that two tiers can stand
+    policy: Policy, conditions: Conditions, request: Request, observed: Observed
+) -> Step:
     """The smallest tier that can be trusted with the skill; the edge's answer, once there, is taken."""
     edge = _standing(observed.edge, _edge_barred(policy, conditions, request), conditions)
     if isinstance(edge, Answer):

@@ -10,6 +10,7 @@ from typing import Literal
 from routing.power import Power
 
 CHAT = "chat"
+_UNWATCHED = Power()
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,14 @@ class Conditions:
     """What is known about the world when the decision is made; `remaining_ms` counts to the request's deadline.
 
     `device_ms` and `edge_ms` are how long the tiers may take (the edge with its network), `slow_device_ms` is what the
-    device seldom exceeds, `least_edge_ms` what the edge seldom falls below; None: not known yet. `may_hedge` and `may_retry`: the budgets have something left.
+    device seldom exceeds, `least_edge_ms` what the edge seldom falls below; None: not known yet.
+    `may_hedge` and `may_retry`: the budgets have something left.
     """
 
     device_up: bool = True
     edge_up: bool = True
     remaining_ms: float = math.inf
-    power: Power = Power()
+    power: Power = _UNWATCHED
     device_ms: float | None = None
     slow_device_ms: float | None = None
     edge_ms: float | None = None

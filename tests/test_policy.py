@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def watch_of(path: Path, now: list[float]) -> PolicyWatch:
 def write(path: Path, text: str) -> None:
     """Write as editors do: a new file takes the old one's place."""
     path.with_suffix(".new").write_text(text)
-    os.replace(path.with_suffix(".new"), path)
+    path.with_suffix(".new").replace(path)
 
 
 def test_each_key_is_documented_and_nothing_else_is() -> None:
@@ -90,9 +89,10 @@ def test_what_does_not_fit_is_refused_by_name(tree: dict[str, Any], named: str) 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda v: st.dictionaries(st.text(), v)))
 def test_whatever_the_file_holds_it_is_a_policy_or_a_sentence(tree: Any) -> None:
     try:
-        assert isinstance(parse({"battery": tree}), Policy)
-    except ConfigError as error:
-        assert "battery" in str(error)
+        policy = parse({"battery": tree})
+    except ConfigError:
+        return
+    assert policy == Policy(), "only an empty mapping is one"
 
 
 def test_the_environment_outranks_the_file(tmp_path: Path) -> None:
@@ -118,19 +118,19 @@ def test_each_key_has_a_variable() -> None:
 
 
 def test_a_variable_that_names_no_key_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^POLICY_EDGE_HEDGING is no key"):
+    with pytest.raises(ConfigError, match=r"^POLICY_EDGE_HEDGING is no key"):
         PolicySource.read({"POLICY_EDGE_HEDGING": "1"})
 
 
 @pytest.mark.parametrize("text", ["{", "a: b: c", "- 1", "just words", "\x00", "!!python/object:os.system {}"])
 def test_a_file_that_is_no_mapping_is_one_sentence(tmp_path: Path, text: str) -> None:
     write(tmp_path / "p.yaml", text)
-    with pytest.raises(ConfigError, match="^POLICY_FILE"):
+    with pytest.raises(ConfigError, match=r"^POLICY_FILE"):
         PolicySource(tmp_path / "p.yaml").load()
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^POLICY_FILE: .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"^POLICY_FILE: .*cannot be read"):
         PolicySource(tmp_path / "p.yaml").load()
 
 

@@ -42,7 +42,13 @@ def parse_request(cell: str) -> Request:
     return Request(skill, **values)
 
 
-_TIMES = {"device": "device_ms", "edge": "edge_ms", "slow": "slow_device_ms", "least": "least_edge_ms", "remaining": "remaining_ms"}
+_TIMES = {
+    "device": "device_ms",
+    "edge": "edge_ms",
+    "slow": "slow_device_ms",
+    "least": "least_edge_ms",
+    "remaining": "remaining_ms",
+}
 _FLAGS = {"hedge": "may_hedge", "retry": "may_retry"}
 
 
@@ -162,9 +168,7 @@ def test_at_the_deadline_and_in_critical_nobody_is_asked_or_waited_for(
 
 
 @given(policies, conditions_, requests_, observations)
-def test_a_wait_is_for_somebody(
-    policy: Policy, conditions: Conditions, request: Request, observed: Observed
-) -> None:
+def test_a_wait_is_for_somebody(policy: Policy, conditions: Conditions, request: Request, observed: Observed) -> None:
     step = route(policy, conditions, request, observed)
     if step.kind is Kind.WAIT:
         assert any(isinstance(one, Pending) for one in (observed.device, observed.edge, observed.chat))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,13 +40,14 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
     inflight = config.common.max_inflight
     http = _http(inflight)
+    # Each request may ask both tiers at once, while what lost another race is still being cut off.
+    executor = ThreadPoolExecutor(3 * inflight, thread_name_prefix="call")
     dispatcher = Dispatcher(
         policy=policy.policy,
         device=TierClient(Target("device", config.device_url, config.common.deadline_s), http),
         edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s), http),
         node_id=config.common.node_id,
-        # Each request may ask both tiers at once, while what lost another race is still being cut off.
-        executor=ThreadPoolExecutor(3 * inflight, thread_name_prefix="call"),
+        executor=executor,
         power=watch.power,
     )
     site.metrics.add(power.series(watch.power))
@@ -54,7 +56,15 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     watch.start()
     app = create_base(site, site.drain)
     add_routes(app, site, dispatcher)
+    weakref.finalize(app, _close, http, executor, watch)
     return app
+
+
+def _close(http: httpx.Client, executor: ThreadPoolExecutor, watch: power.PowerWatch) -> None:
+    """Nobody has the app any more: let go of connections and threads."""
+    executor.shutdown(wait=False, cancel_futures=True)
+    http.close()
+    watch.stop()
 
 
 def _http(max_inflight: int) -> httpx.Client:

@@ -1,4 +1,4 @@
-"""A tier that fails is left alone until a probe found its model ready: a dead or sick tier costs no request any time."""
+"""A tier that fails is left alone until a probe found its model ready: a sick tier costs no request any time."""
 
 from __future__ import annotations
 

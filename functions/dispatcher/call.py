@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import closing
 from queue import SimpleQueue
-from typing import Any, cast
 
 from functions.dispatcher.leash import Leash
 from functions.dispatcher.ledger import Exchange
@@ -48,15 +45,12 @@ class Call:
         self._leash.cut()
 
     def _work(self, inbox: Inbox, stream: bool) -> None:
+        remaining_s, traffic = self._expires - time.monotonic(), self.exchange.traffic
         try:
-            with closing(self._happenings(stream)) as happenings:
-                for happening in happenings:
-                    inbox.put((self, happening))
+            if not stream:
+                inbox.put((self, self.client.ask(self._ask, remaining_s, traffic, self._leash)))
+                return
+            for event in self.client.stream(self._ask, remaining_s, traffic, self._leash):
+                inbox.put((self, event))
         except Exception as error:  # noqa: BLE001  # the asker's thread raises or translates it
             inbox.put((self, error))
-
-    def _happenings(self, stream: bool) -> Iterator[Any]:
-        remaining_s = self._expires - time.monotonic()
-        if stream:
-            return cast("Any", self.client.stream(self._ask, remaining_s, self.exchange.traffic, self._leash))
-        return (self.client.ask(ask, remaining_s, self.exchange.traffic, self._leash) for ask in (self._ask,))

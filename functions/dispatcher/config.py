@@ -20,7 +20,7 @@ class DispatcherConfig:
 
     device_url: str
     edge_url: str
-    policy: PolicySource = PolicySource()
+    policy: PolicySource = field(default_factory=PolicySource)
     power: PowerConfig = field(default_factory=PowerConfig)
     edge_timeout_s: float = 30.0
     common: Common = field(default_factory=Common)

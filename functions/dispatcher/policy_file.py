@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ _LOOK_EVERY_S = 1.0
 _FILE_BYTES = 1 << 20
 
 
-def keys(kind: type = Policy, above: str = "") -> Iterator[str]:
+def keys(kind: Any = Policy, above: str = "") -> Iterator[str]:
     """Every key as the file nests them, joined by dots: `battery.downscale_below`."""
     hints = get_type_hints(kind)
     for one in fields(kind):
@@ -146,7 +145,7 @@ class PolicyWatch:
     def _look(self) -> tuple[int, int, int] | None:
         """What changes when the file does; a Kubernetes ConfigMap changes the inode behind its link."""
         try:
-            found = os.stat(self._source.path) if self._source.path else None
+            found = self._source.path.stat() if self._source.path else None
         except OSError:
             return None
         return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None

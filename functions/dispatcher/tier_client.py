@@ -127,8 +127,10 @@ class TierClient:
             yield last  # after the exchange is closed and counted
 
     def _note(self, skill: str, took_s: float, *, known: bool) -> None:
-        """Remember how long an answer took. A failure after longer than usual counts too, so that time-outs grow with a
-        tier that has become slow; but only an answer makes a skill known, since callers name what they like.
+        """Remember how long an answer took.
+
+        A failure after longer than usual counts too, so that time-outs grow with a tier that has become slow; but only
+        an answer makes a skill known, since callers name what they like.
         """
         if known:
             with self._lock:
