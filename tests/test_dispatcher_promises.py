@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import socket
 import threading
 import time
@@ -32,9 +34,22 @@ class Peer:
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def read(self, connection: socket.socket) -> bytes:
-        data = connection.recv(65_536)
-        self.received += len(data)
+        """One whole request; nothing once the other side has closed."""
+        data = b""
+        while not data or len(data) < request_bytes(data):
+            part = connection.recv(65_536)
+            self.received += len(part)
+            if not part:
+                return b""
+            data += part
         return data
+
+
+def request_bytes(begun: bytes) -> float:
+    """How long a request is, as far as it can be told from its beginning."""
+    head, met, _ = begun.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)^content-length: (\d+)", head, re.MULTILINE)
+    return len(head) + len(met) + int(length[1] if length else 0) if met else math.inf
 
 
 @contextmanager
