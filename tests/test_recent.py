@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functions.dispatcher.budget import Budget
-from functions.dispatcher.recent import Recent
+from functions.serving.recent import Recent
 
 durations = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 3)), max_size=60)
 

@@ -19,11 +19,11 @@ import httpx
 from functions.dispatcher import wire
 from functions.dispatcher.breaker import Breaker
 from functions.dispatcher.leash import Leash
-from functions.dispatcher.recent import Recent
 from functions.serving.ask import CHAT, Ask
 from functions.serving.errors import ApiError, RefusedError
 from functions.serving.events import End, Event, Events, NetworkBytes
 from functions.serving.parse import DEADLINE_HEADER
+from functions.serving.recent import Recent
 from functions.serving.render import EVENT_STREAM
 
 _REPLY_BYTES = 16 << 20

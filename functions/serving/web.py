@@ -80,7 +80,8 @@ def _add_status_routes(app: Flask, site: Site, lifecycle: Lifecycle) -> None:
     @app.get("/metrics")
     def metrics() -> Response:
         is_ready = lifecycle.reason_not_ready() is None
-        body = site.metrics.exposition(inflight=site.gate.inflight, waiting=site.gate.waiting, ready=is_ready)
+        gate = site.gate
+        body = site.metrics.exposition(inflight=gate.inflight, waiting=gate.waiting, limit=gate.limit, ready=is_ready)
         return Response(body, content_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json")
