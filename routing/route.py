@@ -14,7 +14,7 @@ from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Ou
 
 _OWN_WISH = frozenset({"local_only", "requested"})
 _MOST_ATTEMPTS = 2
-_TIGHT = 2.0
+TIGHT = 2.0
 """A deadline is tight when the tiers one after the other would take up half of what remains."""
 
 
@@ -169,7 +169,7 @@ def _is_early(policy: Policy, conditions: Conditions, request: Request, device: 
         return False
     sequential_ms = max(0.0, conditions.device_ms - device.waited_ms) + conditions.edge_ms
     poor = device.forecast is not None and device.forecast < threshold_of(policy, request, device.threshold)
-    return sequential_ms * (_TIGHT if poor else 1.0) >= conditions.remaining_ms
+    return sequential_ms * (TIGHT if poor else 1.0) >= conditions.remaining_ms
 
 
 def _edge_answer(request: Request, observed: Observed) -> Step:

@@ -10,8 +10,8 @@ from functions.dispatcher.leash import Leash
 from functions.dispatcher.ledger import Exchange
 from functions.dispatcher.tier_client import TierClient
 from functions.dispatcher.wire import TierReply
-from functions.serving.ask import Ask
-from functions.serving.events import Event
+from functions.serving.ask import CHAT, Ask
+from functions.serving.events import End, Event, Piece, Start
 
 Happening = TierReply | Event | Exception
 """What a call tells: one whole reply; or the events of a stream; or, last of all, what went wrong."""
@@ -21,9 +21,14 @@ Inbox = SimpleQueue["tuple[Call, Happening] | None"]
 
 
 class Call:
-    """A question under way. `exchange` counts what it costs, `waited_s` how long ago it was put."""
+    """A question under way. `exchange` counts what it costs, `waited_s` tells how long ago it was put.
+
+    `begun` and `pieces` are what an answer that is streamed, but wanted whole, has told so far.
+    """
 
     def __init__(self, client: TierClient, ask: Ask, exchange: Exchange, expires: float) -> None:
+        self.begun: Start | None = None
+        self.pieces: list[Piece] = []
         self.client = client
         self.exchange = exchange
         self._ask = ask
@@ -39,6 +44,34 @@ class Call:
     def waited_s(self) -> float:
         """Seconds since it was put."""
         return time.monotonic() - self._began
+
+    @property
+    def collects(self) -> bool:
+        """Whether an answer that is streamed is wanted whole: a frame is, a chat is not."""
+        return self._ask.skill != CHAT
+
+    def collected(self, happening: Happening) -> Happening | None:
+        """A frame that comes in pieces, once it is whole; anything but pieces as it is."""
+        if isinstance(happening, Start):
+            self.begun = happening
+        elif isinstance(happening, Piece):
+            self.pieces.append(happening)
+        elif isinstance(happening, End):
+            return self._whole(happening)
+        else:
+            return happening
+        return None
+
+    def _whole(self, end: End) -> TierReply:
+        return TierReply(
+            model=self.begun.model if self.begun else self.client.name,
+            text="".join(piece.text for piece in self.pieces),
+            logprobs=tuple(logprob for piece in self.pieces for logprob in piece.logprobs),
+            calls=(),
+            finish_reason=end.finish_reason,
+            usage=end.usage,
+            report=end.report,
+        )
 
     def cut(self) -> None:
         """Nobody needs the answer any more: close the connection, which frees the tier."""

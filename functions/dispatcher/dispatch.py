@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -18,7 +19,7 @@ from functions.dispatcher.tier_client import TierClient, TierFailedError
 from functions.dispatcher.wire import TierReply
 from functions.serving.ask import CHAT, Ask, Clocked, Message, Shape
 from functions.serving.errors import ClientLeftError, RefusedError
-from functions.serving.events import End, Event, Events, Piece, Report, Start, Usage
+from functions.serving.events import End, Event, Events, Piece, Report, Start, Switch, Usage
 from functions.serving.replies import ModelEntry, ModelFacts
 from routing import (
     Answer,
@@ -34,7 +35,9 @@ from routing import (
     route,
     threshold_of,
 )
+from routing.policy import OnEscalation
 from routing.power import Power, PowerMode
+from routing.route import TIGHT
 
 MODELS = ("auto", "device", "edge")
 _OUT_OF_SCOPE = "out_of_scope"
@@ -75,7 +78,8 @@ class Dispatcher:
         run = _Run(self, ask, clocked)
         self.waiting.add(run.inbox)
         try:
-            yield from run.reply(run.decide())
+            step = yield from run.decide()
+            yield from run.reply(step)
         finally:
             self.waiting.discard(run.inbox)
             run.close()
@@ -121,16 +125,18 @@ class _Run:
         self._answers: dict[str, TierReply | Call] = {}
         self._refusal: RefusedError | None = None
         self._ledger = Ledger(clocked, dispatcher.clock)
+        self._shown = 0  # of the device's answer: its start and so many pieces less one
         self._usual = _usual(dispatcher, ask.skill)
         dispatcher.retries.deposit(self._policy.retry_budget)
         dispatcher.hedges.deposit(self._policy.edge.hedge)
 
-    def decide(self) -> Step:
-        """Take steps until one is the last."""
+    def decide(self) -> Generator[Event, None, Step]:
+        """Take steps until one is the last; gives what may be shown of an answer that is still on its way."""
         step = self._choose()
         while not step.is_last:
             if step.kind is Kind.WAIT:
                 self._wait(step.look_again_ms / 1e3)
+                yield from self._new()
             else:
                 self._put(step)
             step = self._choose()
@@ -141,10 +147,38 @@ class _Run:
         if step.kind is Kind.FALL_BACK:
             if self._refusal is not None:
                 raise self._refusal
-            return self._fallen_back(step)
-        answer = self._answers[step.uses]
-        self._cut_all_but(answer)
-        return self._whole(step, answer) if isinstance(answer, TierReply) else self._live(step, answer)
+            events = self._fallen_back(step)
+        else:
+            answer = self._answers[step.uses]
+            self._cut_all_but(answer)
+            events = self._whole(step, answer) if isinstance(answer, TierReply) else self._live(step, answer)
+        return self._continued(step, events) if self._shown else events
+
+    def _continued(self, step: Step, events: Iterator[Event]) -> Iterator[Event]:
+        """The rest of an answer of which the device's pieces are shown; another one takes its place, and says so."""
+        start = next(events)
+        if step.uses == "device":
+            yield from (event for event in events if isinstance(event, End))
+        elif isinstance(start, Start):
+            yield Switch(start.report.model_copy(update={"replaces": "device"}))
+            yield from events
+
+    def _new(self) -> Iterator[Event]:
+        """What the device said since the last time, where that is shown before it is decided who answers."""
+        call = self._calls.get("device")
+        if call is None or call.begun is None or not self._shows_early:
+            return
+        if not self._shown:
+            begun = Report(source="device", route="device", reason="first", node_id=self._dispatcher.node_id)
+            yield Start(call.begun.model, begun)
+            self._shown = 1
+        pieces = call.pieces[self._shown - 1 :]
+        self._shown += len(pieces)
+        yield from pieces
+
+    @property
+    def _shows_early(self) -> bool:
+        return self._ask.stream and self._policy.stream.on_escalation is OnEscalation.EVENT
 
     def close(self) -> None:
         """Nothing more is needed. What has no time left ends by itself, and shows how its tier does."""
@@ -176,7 +210,7 @@ class _Run:
     def _seen(self) -> Observed:
         """What came back, and how long the others have been asked."""
         pending = {
-            uses: Pending(1e3 * call.waited_s)
+            uses: _pending(call)
             for uses, call in self._calls.items()
             if isinstance(getattr(self._observed, uses), Pending)
         }
@@ -194,7 +228,17 @@ class _Run:
         self._calls[step.uses] = call
         self._attempts[step.uses] = self._attempts.get(step.uses, 0) + 1
         self._observe(step.uses, Pending())
-        call.start(tiers.executor, self.inbox, stream=ask.stream and ask.skill == CHAT)
+        call.start(tiers.executor, self.inbox, stream=self._is_streamed(step, ask))
+
+    def _is_streamed(self, step: Step, ask: Ask) -> bool:
+        """A chat if that is asked for; a frame of the device where its beginning is of use: to show, or to forecast."""
+        if ask.skill == CHAT:
+            return ask.stream
+        if step.uses != "device" or ask.model != "auto":
+            return False
+        sequential_ms = (self._usual["device_ms"] or 0.0) + (self._usual["edge_ms"] or math.inf)
+        is_tight = 1e3 * (self._expires - self._dispatcher.clock()) <= TIGHT * sequential_ms < math.inf
+        return self._shows_early or (self._policy.edge.early and is_tight)
 
     def _smaller(self, ask: Ask) -> Ask:
         """The question, for a shorter answer where power is short."""
@@ -226,6 +270,10 @@ class _Run:
         """See what came of a call; one that was given up for another says nothing any more."""
         uses = next((uses for uses, known in self._calls.items() if known is call), None)
         if uses is None or not isinstance(getattr(self._observed, uses), Pending):
+            return
+        if call.collects:
+            happening = call.collected(happening)
+        if happening is None:
             return
         if isinstance(happening, TierReply):
             self._ledger.close(call.exchange, happening.report)
@@ -364,6 +412,12 @@ def _usual(dispatcher: Dispatcher, skill: str) -> dict[str, float | None]:
         "edge_ms": _ms(dispatcher.edge.takes_s(skill, 0.9)),
         "least_edge_ms": _ms(dispatcher.edge.takes_s(skill, 0.1)),
     }
+
+
+def _pending(call: Call) -> Pending:
+    forecast = call.begun.report if call.begun else None
+    confidence, threshold = (forecast.confidence, forecast.threshold) if forecast else (None, None)
+    return Pending(1e3 * call.waited_s, confidence, threshold)
 
 
 def _ms(seconds: float | None) -> float | None:

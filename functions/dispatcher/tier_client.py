@@ -10,8 +10,8 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -21,7 +21,7 @@ from functions.dispatcher.breaker import Breaker
 from functions.dispatcher.leash import Leash
 from functions.serving.ask import CHAT, Ask
 from functions.serving.errors import ApiError, RefusedError
-from functions.serving.events import End, Event, Events, NetworkBytes
+from functions.serving.events import CONFIDENCE_HEADER, THRESHOLD_HEADER, End, Event, Events, NetworkBytes, Start
 from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.recent import Recent
 from functions.serving.render import EVENT_STREAM
@@ -115,15 +115,23 @@ class TierClient:
         return reply
 
     def stream(self, ask: Ask, remaining_s: float, traffic: Traffic, leash: Leash | None = None) -> Events:
-        """Get the answer token by token; raises as `ask` does, also between events."""
+        """Get the answer token by token; raises as `ask` does, also between events.
+
+        A frame's `Start` tells what the tier forecasts of its confidence.
+        """
         last: Event | None = None
+        began = time.monotonic()
         with self._exchange(ask, remaining_s, traffic, leash, stream=True) as response:
             for event in wire.read_stream(ask, response.iter_lines()):
                 if isinstance(event, End):
                     last = event
+                elif isinstance(event, Start):
+                    yield replace(event, report=event.report.model_copy(update=_foretold(response)))
                 else:
                     yield event
         if last is not None:
+            if ask.skill != CHAT:
+                self._note(ask.skill, time.monotonic() - began, known=True)
             yield last  # after the exchange is closed and counted
 
     def _note(self, skill: str, took_s: float, *, known: bool) -> None:
@@ -271,6 +279,17 @@ def _refusal(status: int, body: Any) -> ApiError | None:
         return None
     param, code = error.get("param"), error.get("code")
     return RefusedError(status, error["message"], param=param, code=code)
+
+
+def _foretold(response: httpx.Response) -> dict[str, float]:
+    """Confidence and threshold, as far as the headers tell them."""
+    told = {}
+    for name, header in (("confidence", CONFIDENCE_HEADER), ("threshold", THRESHOLD_HEADER)):
+        with suppress(ValueError):
+            value = float(response.headers.get(header, "nan"))
+            if 0 <= value <= 1:
+                told[name] = value
+    return told
 
 
 def _request_bytes(request: httpx.Request) -> int:
