@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import socket
@@ -18,7 +19,18 @@ from flask.testing import FlaskClient
 
 from functions.dispatcher.policy_file import PolicySource
 from functions.dispatcher.power import PowerConfig
-from tests.fakes import FakeTier, card, dispatcher_app, free_port, read_sse, served, tier_app, user, wait_until
+from tests.fakes import (
+    CALIBRATION,
+    FakeTier,
+    card,
+    dispatcher_app,
+    free_port,
+    read_sse,
+    served,
+    tier_app,
+    user,
+    wait_until,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -338,3 +350,78 @@ def test_local_only_sends_nothing_while_the_device_is_slow_and_hedging_is_free(s
         said = ask(client, "hello maybe", {"X-Data-Class": "local-only", "X-Deadline-Ms": "120"})
         assert said["network_bytes"] == {"sent": 0, "received": 0}
     assert (edge.received, edge.connections) == (0, 0)
+
+
+FORECAST = {**CALIBRATION["home"], "forecast": CALIBRATION["home"]["final"]}
+
+
+@pytest.mark.parametrize(("text", "edge_asked"), [("hello maybe jazz", True), ("hello some jazz", False)])
+def test_a_poor_forecast_starts_the_edge_while_the_device_decodes(
+    start: ExitStack, text: str, edge_asked: bool
+) -> None:
+    """The device ends only once the edge was asked, or, where its forecast is good, at its usual pace."""
+    device, edge = FakeTier(card("device", calibration={"home": FORECAST})), FakeTier(card("edge"))
+    device_url, edge_url = (start.enter_context(served(tier_app(t))) for t in (device, edge))
+    client = dispatcher_app(device_url, edge_url).test_client()
+    device.before_token = edge.before_token = slow(0.05)  # three tokens each
+    for _ in range(8):
+        ask(client, "hello maybe jazz", skill="home")
+    edge.prompts.clear()
+    # One after the other takes 300 ms: no reason to ask both from the start, but to look at the forecast.
+    said = ask(client, text, {"X-Deadline-Ms": "450"}, skill="home")
+    assert bool(edge.prompts) is edge_asked
+    assert said["reason"] in ({"low_confidence", "faster"} if edge_asked else {"confident"})
+    assert not said["degraded"]
+
+
+def streamed(client: FlaskClient, text: str, **fields: Any) -> list[Any]:
+    reply = client.post(CHAT, json={"messages": user(text), "skill": "home", "stream": True, **fields})
+    *chunks, done = read_sse(reply.text.splitlines())
+    assert done == "[DONE]"
+    return chunks
+
+
+def content(chunks: list[Any]) -> str:
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "source", "switches"),
+    [
+        ("hold", "hello maybe", "edge", 0),
+        ("hold", "hello jazz", "device", 0),
+        ("event", "hello maybe", "edge", 1),
+        ("event", "hello jazz", "device", 0),
+    ],
+)
+def test_nothing_that_was_streamed_is_contradicted(
+    start: ExitStack, mode: str, text: str, source: str, switches: int
+) -> None:
+    tiers = FakeTier(card("device")), FakeTier(card("edge"))
+    device_url, edge_url = (start.enter_context(served(tier_app(tier))) for tier in tiers)
+    client = dispatcher_app(device_url, edge_url, policy=policy(stream__on_escalation=mode)).test_client()
+    chunks = streamed(client, text)
+    switched = [n for n, chunk in enumerate(chunks) if (chunk.get("edgecascade") or {}).get("replaces")]
+    assert len(switched) == switches
+    if switches:
+        assert chunks[switched[0]]["edgecascade"]["replaces"] == "device"
+        assert content(chunks[: switched[0]]), "the device's pieces came before"
+        chunks = chunks[switched[0] + 1 :]
+    assert json.loads(content(chunks)) == chunks[-1]["edgecascade"]["frame"]
+    assert chunks[-1]["edgecascade"]["source"] == source
+    assert chunks[-1]["edgecascade"]["route"] == ("device" if source == "device" else "escalated")
+
+
+def test_the_devices_pieces_are_shown_as_they_come(start: ExitStack) -> None:
+    """The device gives its last token only after the client has the first piece."""
+    seen, device = threading.Event(), FakeTier(card("device"))
+    device.before_token = lambda index: None if index == 0 else wait_until(seen.is_set)
+    device_url = start.enter_context(served(tier_app(device)))
+    source = policy(stream__on_escalation="event")
+    client = dispatcher_app(device_url, f"http://127.0.0.1:{free_port()}", policy=source).test_client()
+    reply = client.post(CHAT, json={"messages": user("a b"), "skill": "home", "stream": True}, buffered=False)
+    pieces = reply.iter_encoded()
+    next(pieces)
+    assert b"intent" in next(pieces)
+    seen.set()
+    assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
