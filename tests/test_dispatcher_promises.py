@@ -362,13 +362,13 @@ def test_a_poor_forecast_starts_the_edge_while_the_device_decodes(
     """The device ends only once the edge was asked, or, where its forecast is good, at its usual pace."""
     device, edge = FakeTier(card("device", calibration={"home": FORECAST})), FakeTier(card("edge"))
     device_url, edge_url = (start.enter_context(served(tier_app(t))) for t in (device, edge))
-    client = dispatcher_app(device_url, edge_url).test_client()
-    device.before_token = edge.before_token = slow(0.05)  # three tokens each
+    client = dispatcher_app(device_url, edge_url, policy=policy(edge__hedge=0.0)).test_client()
+    device.before_token = edge.before_token = slow(0.05)  # four tokens each
     for _ in range(8):
         ask(client, "hello maybe jazz", skill="home")
     edge.prompts.clear()
-    # One after the other takes 300 ms: no reason to ask both from the start, but to look at the forecast.
-    said = ask(client, text, {"X-Deadline-Ms": "450"}, skill="home")
+    # One after the other takes 400 ms: no reason to ask both from the start, but to look at the forecast.
+    said = ask(client, text, {"X-Deadline-Ms": "600"}, skill="home")
     assert bool(edge.prompts) is edge_asked
     assert said["reason"] in ({"low_confidence", "faster"} if edge_asked else {"confident"})
     assert not said["degraded"]
