@@ -18,6 +18,7 @@ from typing import Any
 import httpcore
 import httpx
 
+_PACKET_BYTES = 16_384
 _held = threading.local()
 
 
@@ -99,14 +100,21 @@ class _Backend(httpcore.NetworkBackend):
 
 
 class _Stream(httpcore.NetworkStream):
+    """Head and body of a small request go out as one packet: what is written waits for the next read."""
+
     def __init__(self, inner: httpcore.NetworkStream) -> None:
         self._inner = inner
+        self._unsent = b""
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with suppress(httpcore.WriteError):  # the other side may have answered before it closed
+            self._flush(timeout)
         return self._inner.read(max_bytes, self._time(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, self._time(timeout))
+        self._unsent += buffer
+        if len(self._unsent) > _PACKET_BYTES:
+            self._flush(timeout)
 
     def close(self) -> None:
         self._inner.close()
@@ -118,6 +126,11 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._inner.get_extra_info(info)
+
+    def _flush(self, timeout: float | None) -> None:
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            self._inner.write(unsent, self._time(timeout))
 
     def _time(self, timeout: float | None) -> float | None:
         leash: Leash | None = getattr(_held, "leash", None)
