@@ -271,10 +271,11 @@ class _Run:
         uses = next((uses for uses, known in self._calls.items() if known is call), None)
         if uses is None or not isinstance(getattr(self._observed, uses), Pending):
             return
-        if call.collects:
-            happening = call.collected(happening)
-        if happening is None:
-            return
+        told = call.collected(happening) if call.collects else happening
+        if told is not None:
+            self._see(uses, call, told)
+
+    def _see(self, uses: str, call: Call, happening: Happening) -> None:
         if isinstance(happening, TierReply):
             self._ledger.close(call.exchange, happening.report)
             self._answers[uses] = happening
