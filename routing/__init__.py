@@ -1,8 +1,9 @@
 """Decides what happens next to a request, and does nothing else: no clock, no network, no state."""
 
 from routing.drafts import Acceptance, worth_drafting
+from routing.policy import Policy
 from routing.route import route, threshold_of
-from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Outcome, Policy, Request, Step
+from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Outcome, Pending, Request, Step
 
 __all__ = [
     "CHAT",
@@ -13,6 +14,7 @@ __all__ = [
     "Kind",
     "Observed",
     "Outcome",
+    "Pending",
     "Policy",
     "Request",
     "Step",

@@ -7,28 +7,31 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from routing.power import Power
+
 CHAT = "chat"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the operator wants.
-
-    `threshold`: confidence from which a device answer stays local; None takes the device's calibrated one.
-    `least_edge_ms`: with less time left than this the edge is not asked.
-    """
-
-    threshold: float | None = None
-    least_edge_ms: float = 10.0
+_UNWATCHED = Power()
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is known about the world when the decision is made; `remaining_ms` counts to the request's deadline."""
+    """What is known about the world when the decision is made; `remaining_ms` counts to the request's deadline.
+
+    `device_ms` and `edge_ms` are how long the tiers may take (the edge with its network), `slow_device_ms` is what the
+    device seldom exceeds, `least_edge_ms` what the edge seldom falls below; None: not known yet.
+    `may_hedge` and `may_retry`: the budgets have something left.
+    """
 
     device_up: bool = True
     edge_up: bool = True
     remaining_ms: float = math.inf
+    power: Power = _UNWATCHED
+    device_ms: float | None = None
+    slow_device_ms: float | None = None
+    edge_ms: float | None = None
+    least_edge_ms: float | None = None
+    may_hedge: bool = False
+    may_retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A tier did not answer, or must not be asked."""
+    """A tier did not answer, or must not be asked.
+
+    `retriable`: the connection broke, so that the same question may well be answered; `attempts` were made so far.
+    """
 
     reason: str
+    retriable: bool = False
+    attempts: int = 1
 
 
-Outcome = Answer | Failure
+@dataclass(frozen=True)
+class Pending:
+    """A tier was asked `waited_ms` ago. `forecast`: how sure it expects to be, as far as it said; see `Answer`."""
+
+    waited_ms: float = 0.0
+    forecast: float | None = None
+    threshold: float | None = None
+
+
+Outcome = Answer | Failure | Pending
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,7 @@ class Kind(StrEnum):
 
     ASK_DEVICE = "ask device"
     ASK_EDGE = "ask edge"
+    WAIT = "wait"
     ANSWER = "answer"
     FALL_BACK = "fall back"
 
@@ -85,6 +103,8 @@ class Step:
 
     `uses` names the field of `Observed` that an asked tier will fill, or whose answer is the reply.
     `route`, `reason` and `degraded` go into the reply of a last step (`ANSWER`, `FALL_BACK`).
+    `spends` names the budget that a question is taken from. After `look_again_ms` of waiting (`WAIT`) things may look
+    different, though nobody has answered.
     """
 
     kind: Kind
@@ -92,6 +112,8 @@ class Step:
     route: str
     reason: str
     degraded: bool = False
+    spends: Literal["hedge", "retry", ""] = ""
+    look_again_ms: float = math.inf
 
     @property
     def is_last(self) -> bool:

@@ -82,6 +82,83 @@ def test_who_waited_longest_is_next() -> None:
     assert order == [0, 1, 2]
 
 
+def test_the_earliest_deadline_is_next() -> None:
+    now = [0.0]
+    gate, order = Gate(1, 3, clock=lambda: now[0]), list[float]()
+
+    def work(expires: float) -> None:
+        with gate.admitted(expires):
+            order.append(expires)
+
+    with ThreadPoolExecutor(3) as pool, filled(gate, 1):
+        for number, expires in enumerate((30.0, 10.0, 20.0)):
+            pool.submit(work, expires)
+            wait_until(lambda n=number: gate.waiting == n + 1)  # type: ignore[misc]
+    assert order == [10.0, 20.0, 30.0]
+
+
+class Timed:
+    """A gate on a clock of its own, through which answers go one by one."""
+
+    def __init__(self, places: int, queue: int = 0) -> None:
+        self.now = 0.0
+        self.gate = Gate(places, queue, clock=lambda: self.now)
+
+    def answers(self, count: int, took_s: float, granted_s: float, together: int = 1) -> None:
+        for _ in range(count):
+            with ExitStack() as inside:
+                for _ in range(together):
+                    inside.enter_context(self.gate.admitted(self.now + granted_s))
+                self.now += took_s
+
+
+def test_late_answers_close_places_and_timely_ones_open_them_again() -> None:
+    timed = Timed(8)
+    timed.answers(10, took_s=0.1, granted_s=1)
+    assert timed.gate.limit == 8
+    timed.answers(40, took_s=1, granted_s=1)
+    assert timed.gate.limit == 2, "a quarter stays open"
+    for _ in range(100):
+        timed.answers(1, took_s=0.1, granted_s=1, together=timed.gate.limit)
+    assert timed.gate.limit == 8
+
+
+def test_one_with_no_time_to_begin_with_closes_nothing() -> None:
+    timed = Timed(8)
+    timed.answers(10, took_s=0.1, granted_s=1)
+    timed.answers(20, took_s=0.05, granted_s=0.05)
+    assert timed.gate.limit == 8
+
+
+def test_who_would_wait_in_vain_is_told_at_once() -> None:
+    timed = Timed(1, queue=9)
+    timed.answers(10, took_s=2, granted_s=99)
+    with filled(timed.gate, 1), pytest.raises(OverloadedError) as refused, timed.gate.admitted(timed.now + 1):
+        pass
+    assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (503, "deadline", 2)
+    assert (timed.gate.inflight, timed.gate.waiting) == (0, 0)
+
+
+def test_a_turn_that_came_too_late_is_passed_on() -> None:
+    timed, outcomes = Timed(1, queue=9), list[str]()
+    timed.answers(10, took_s=2, granted_s=99)
+
+    def work(granted_s: float) -> None:
+        try:
+            with timed.gate.admitted(timed.now + granted_s):
+                outcomes.append(f"{granted_s} in")
+        except OverloadedError:
+            outcomes.append(f"{granted_s} out")
+
+    with ThreadPoolExecutor(2) as pool, filled(timed.gate, 1):
+        for number, granted_s in enumerate((3, 50)):
+            pool.submit(work, granted_s)
+            wait_until(lambda n=number: timed.gate.waiting == n + 1)  # type: ignore[misc]
+        timed.now += 2
+    assert sorted(outcomes) == ["3 out", "50 in"]
+    assert (timed.gate.inflight, timed.gate.waiting) == (0, 0)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 12))
 def test_never_more_than_allowed_and_nothing_is_lost(places: int, queue: int, callers: int) -> None:

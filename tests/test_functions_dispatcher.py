@@ -14,7 +14,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from functions.dispatcher.cooldown import Cooldown
+from functions.dispatcher.breaker import Breaker
 from functions.dispatcher.tier_client import Target, TierClient, TierFailedError, Traffic
 from functions.serving.ask import Ask, Message, Shape
 from functions.serving.errors import RefusedError
@@ -279,9 +279,9 @@ def test_the_cascade_counts_what_it_did(bundle: Bundle) -> None:
 # One tier at a time, behind a transport that plays its part.
 
 
-def tier_client(respond: Respond, cooldown: Cooldown | None = None) -> TierClient:
+def tier_client(respond: Respond, breaker: Breaker | None = None) -> TierClient:
     http = httpx.Client(transport=httpx.MockTransport(respond))
-    return TierClient(Target("edge", "http://edge/function/edge", 5), http, cooldown)
+    return TierClient(Target("edge", "http://edge/function/edge", 5), http, breaker)
 
 
 ASK = Ask(Shape.CHAT, "auto", "assistant", (Message("user", "hi"),))
@@ -352,7 +352,7 @@ def test_the_tier_gets_less_time_than_is_left_and_our_limit_holds() -> None:
     assert str(seen[0].url) == "http://edge/function/edge/v1/chat/completions"
 
 
-def test_a_refused_connection_opens_the_cooldown_and_only_a_probe_closes_it() -> None:
+def test_a_refused_connection_opens_the_breaker_and_only_a_probe_closes_it() -> None:
     now, alive, calls = 0.0, False, list[str]()
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -363,8 +363,8 @@ def test_a_refused_connection_opens_the_cooldown_and_only_a_probe_closes_it() ->
 
     http = httpx.Client(transport=httpx.MockTransport(respond))
     probe = TierClient(Target("edge", "http://edge", 5), http)._probe
-    cooldown = Cooldown(probe, interval_s=1, clock=lambda: now, start=lambda work: work())
-    client = TierClient(Target("edge", "http://edge", 5), http, cooldown)
+    breaker = Breaker(probe, interval_s=1, clock=lambda: now, start=lambda work: work())
+    client = TierClient(Target("edge", "http://edge", 5), http, breaker)
     assert client.is_up()
     with pytest.raises(TierFailedError):
         client.ask(ASK, 1, Traffic())
@@ -372,7 +372,7 @@ def test_a_refused_connection_opens_the_cooldown_and_only_a_probe_closes_it() ->
     assert calls == [CHAT]
     now = 1.0
     assert [client.is_up() for _ in range(3)] == [False] * 3
-    assert calls == [CHAT, "/healthz"]
+    assert calls == [CHAT, "/_/ready"]
     now, alive = 2.0, True
     assert not client.is_up()
     assert client.is_up()

@@ -35,7 +35,7 @@ def test_everything_can_be_set() -> None:
     }
     config = DispatcherConfig.from_environment(values)
     assert config.edge_url == "https://gateway.example:8080/function/edge"
-    assert (config.confidence_threshold, config.edge_timeout_s) == (0.85, 0.25)
+    assert (config.policy.load().confidence_threshold, config.edge_timeout_s) == (0.85, 0.25)
     common = config.common
     assert (common.node_id, common.shard_id, common.default_skill) == ("shop-3", "0", "home")
     assert (common.max_body_bytes, common.max_inflight, common.queue_limit) == (2048, 9, 0)
@@ -44,7 +44,7 @@ def test_everything_can_be_set() -> None:
 
 def test_an_empty_value_counts_as_absent() -> None:
     config = DispatcherConfig.from_environment({**URLS, "CONFIDENCE_THRESHOLD": "", "NODE_ID": " "})
-    assert (config.confidence_threshold, config.common.node_id) == (None, "local")
+    assert (config.policy.load().confidence_threshold, config.common.node_id) == (None, "local")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import Answer, Conditions, Failure, Kind, Observed, Outcome, Policy, Request, Step, route
+from routing import Answer, Conditions, Failure, Kind, Observed, Outcome, Pending, Policy, Request, Step, route
+from routing.policy import Edge
+from routing.power import Power, PowerMode
 
 README = Path(__file__).parents[1] / "routing" / "README.md"
 
@@ -39,32 +42,58 @@ def parse_request(cell: str) -> Request:
     return Request(skill, **values)
 
 
+_TIMES = {
+    "device": "device_ms",
+    "edge": "edge_ms",
+    "slow": "slow_device_ms",
+    "least": "least_edge_ms",
+    "remaining": "remaining_ms",
+}
+_FLAGS = {"hedge": "may_hedge", "retry": "may_retry"}
+
+
 def parse_conditions(cell: str) -> tuple[Policy, Conditions]:
     policy, values = Policy(), dict[str, Any]()
     for word in cell.split():
         key, _, value = word.partition("=")
         if key == "policy":
-            policy = Policy(threshold=float(value))
-        elif key == "remaining":
-            values["remaining_ms"] = float(value)
+            policy = Policy(confidence_threshold=float(value))
+        elif key == "early":
+            policy = Policy(edge=Edge(early=value == "yes"))
+        elif key == "local_only":
+            policy = Policy(local_only_skills=frozenset({value}))
+        elif key in {"save", "critical"}:
+            values["power"] = Power(PowerMode(key))
+        elif value:
+            values[_TIMES[key]] = float(value)
+        elif key in _FLAGS:
+            values[_FLAGS[key]] = True
         else:
             values[key.replace("_down", "_up")] = False
     return policy, Conditions(**values)
 
 
+def parse_outcome(mark: str, rest: str) -> Outcome:
+    value, _, more = rest.partition("/")
+    if mark == "!":
+        return Failure(rest.rstrip("?"), retriable=rest.endswith("?"))
+    if mark == "~":
+        return Pending(float(value), float(more) if more else None, 0.8)
+    return Answer(float(value) if value != "none" else None, 0.8, more == "oos")
+
+
 def parse_observed(cell: str) -> Observed:
     seen: dict[str, Outcome] = {}
     for word in cell.split():
-        name, mark, rest = re.fullmatch(r"(\w+)([=!])(.+)", word).groups()  # type: ignore[union-attr]
-        value, _, scope = rest.partition("/")
-        seen[name] = (
-            Failure(rest) if mark == "!" else Answer(float(value) if value != "none" else None, 0.8, scope == "oos")
-        )
+        name, mark, rest = re.fullmatch(r"(\w+)([=!~])(.+)", word).groups()  # type: ignore[union-attr]
+        seen[name] = parse_outcome(mark, rest)
     return Observed(**seen)
 
 
 def words_of(step: Step) -> str:
     """A step as the table writes it."""
+    if step.kind is Kind.WAIT:
+        return f"wait {step.look_again_ms:g}" if step.look_again_ms < math.inf else "wait"
     if step.kind is Kind.FALL_BACK:
         return "fall back"
     return f"{'answer' if step.kind is Kind.ANSWER else 'ask'} {step.uses}"
@@ -79,8 +108,27 @@ def test_table(row: list[str]) -> None:
 
 probability = st.floats(0, 1)
 maybe = st.none() | probability
-policies = st.builds(Policy, threshold=maybe, least_edge_ms=st.floats(0, 100))
-conditions_ = st.builds(Conditions, device_up=st.booleans(), edge_up=st.booleans(), remaining_ms=st.floats(-10, 1e4))
+policies = st.builds(
+    Policy,
+    confidence_threshold=maybe,
+    edge=st.builds(Edge, hedge=probability, early=st.booleans(), least_ms=st.floats(0, 100)),
+    local_only_skills=st.frozensets(st.sampled_from(["home", "chat"])),
+)
+powers = st.builds(Power, st.sampled_from(PowerMode))
+times_ms = st.none() | st.floats(0, 1e3)
+conditions_ = st.builds(
+    Conditions,
+    device_up=st.booleans(),
+    edge_up=st.booleans(),
+    remaining_ms=st.floats(-10, 1e4),
+    power=powers,
+    device_ms=times_ms,
+    slow_device_ms=times_ms,
+    edge_ms=times_ms,
+    least_edge_ms=times_ms,
+    may_hedge=st.booleans(),
+    may_retry=st.booleans(),
+)
 requests_ = st.builds(
     Request,
     skill=st.sampled_from(["assistant", "home", "chat"]),
@@ -90,7 +138,9 @@ requests_ = st.builds(
     threshold=maybe,
 )
 answers = st.builds(Answer, confidence=maybe, threshold=maybe, out_of_scope=st.booleans())
-outcomes = answers | st.builds(Failure, st.sampled_from(["edge_unavailable", "deadline", "edge_error"]))
+failures = st.builds(Failure, st.sampled_from(["edge_unavailable", "deadline", "edge_error"]), st.booleans())
+pending = st.builds(Pending, st.floats(0, 1e3), maybe, maybe)
+outcomes = answers | failures | pending
 observations = st.builds(Observed, device=st.none() | outcomes, edge=st.none() | outcomes, chat=st.none() | outcomes)
 
 
@@ -109,20 +159,20 @@ def test_an_edge_that_is_down_is_never_asked(
     assert route(policy, replace(conditions, edge_up=False), request, observed).kind is not Kind.ASK_EDGE
 
 
-@given(policies, st.lists(conditions_, min_size=4, max_size=4), requests_, st.lists(outcomes, min_size=3, max_size=3))
-def test_always_ends_within_three_questions(
-    policy: Policy, conditions: list[Conditions], request: Request, replies: list[Outcome]
+@given(policies, conditions_, requests_, observations)
+def test_at_the_deadline_and_in_critical_nobody_is_asked_or_waited_for(
+    policy: Policy, conditions: Conditions, request: Request, observed: Observed
 ) -> None:
-    """Whatever the tiers say and however the conditions change, the fourth step is the last at the latest."""
-    observed = Observed()
-    for now, reply in zip(conditions, [*replies, None], strict=True):
-        step = route(policy, now, request, observed)
-        if step.is_last:
-            break
-        assert reply is not None
-        assert getattr(observed, step.uses) is None
-        observed = replace(observed, **{step.uses: reply})
-    assert step.is_last
+    for now in (replace(conditions, remaining_ms=0.0), replace(conditions, power=Power(PowerMode.CRITICAL))):
+        assert route(policy, now, request, observed).is_last
+
+
+@given(policies, conditions_, requests_, observations)
+def test_a_wait_is_for_somebody(policy: Policy, conditions: Conditions, request: Request, observed: Observed) -> None:
+    step = route(policy, conditions, request, observed)
+    if step.kind is Kind.WAIT:
+        assert any(isinstance(one, Pending) for one in (observed.device, observed.edge, observed.chat))
+        assert step.look_again_ms >= 0
 
 
 @given(policies, conditions_, requests_, observations)

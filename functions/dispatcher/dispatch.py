@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from typing import Any
 
-from functions.dispatcher import canned
+from functions.dispatcher.budget import Budget
+from functions.dispatcher.call import Call, Happening, Inbox
+from functions.dispatcher.canned import MODEL
+from functions.dispatcher.fallbacks import RULES, Fallback, open_fallback
 from functions.dispatcher.ledger import Ledger
 from functions.dispatcher.tier_client import TierClient, TierFailedError
 from functions.dispatcher.wire import TierReply
 from functions.serving.ask import CHAT, Ask, Clocked, Message, Shape
-from functions.serving.errors import RefusedError
-from functions.serving.events import End, Event, Events, Piece, Report, Start, Usage
+from functions.serving.errors import ClientLeftError, RefusedError
+from functions.serving.events import End, Event, Events, Piece, Report, Start, Switch, Usage
 from functions.serving.replies import ModelEntry, ModelFacts
-from routing import Answer, Conditions, Failure, Kind, Observed, Policy, Request, Step, route, threshold_of
+from routing import (
+    Answer,
+    Conditions,
+    Failure,
+    Kind,
+    Observed,
+    Outcome,
+    Pending,
+    Policy,
+    Request,
+    Step,
+    route,
+    threshold_of,
+)
+from routing.policy import OnEscalation
+from routing.power import Power, PowerMode
+from routing.route import TIGHT
 
 MODELS = ("auto", "device", "edge")
 _OUT_OF_SCOPE = "out_of_scope"
+_REPLY_S = 0.003
+"""Kept back from the deadline, or a twentieth of the time where that is less: an answer has to be written too."""
+_LOOK_EVERY_S = 0.25
+"""How often one who waits looks whether the caller is still there."""
 
 
 @dataclass(frozen=True)
 class Dispatcher:
-    """The two tiers and the policy between them."""
+    """The two tiers and the policy between them.
 
-    policy: Policy
+    `executor` runs the calls of tiers. `power` tells how things stand for a request with that battery level, or none;
+    `wake` is to be called when that has changed.
+    """
+
+    policy: Callable[[], Policy]
     device: TierClient
     edge: TierClient
     node_id: str
+    executor: Executor
+    power: Callable[[float | None], Power] = lambda _level: Power()
+    fallback: Fallback = field(default_factory=open_fallback)
     clock: Callable[[], float] = time.monotonic
+    retries: Budget = field(default_factory=Budget)
+    hedges: Budget = field(default_factory=Budget)
+    waiting: set[Inbox] = field(default_factory=set)
 
     def check(self, ask: Ask) -> None:
         """Refuse a model that is none of ours."""
@@ -39,11 +77,18 @@ class Dispatcher:
     def events(self, ask: Ask, clocked: Clocked) -> Events:
         """Choose, call, choose again, reply."""
         run = _Run(self, ask, clocked)
-        step = run.choose()
-        while not step.is_last:
-            run.take(step)
-            step = run.choose()
-        return run.reply(step)
+        self.waiting.add(run.inbox)
+        try:
+            step = yield from run.decide()
+            yield from run.reply(step)
+        finally:
+            self.waiting.discard(run.inbox)
+            run.close()
+
+    def wake(self, _power: Power) -> None:
+        """Let every request look at the power anew."""
+        for inbox in self.waiting.copy():
+            inbox.put(None)
 
     def models(self) -> list[ModelEntry]:
         """The tiers as they describe themselves, and `auto`, which can do what either can."""
@@ -68,57 +113,188 @@ class _Run:
     """One request on its way through the tiers."""
 
     def __init__(self, dispatcher: Dispatcher, ask: Ask, clocked: Clocked) -> None:
+        self.inbox: Inbox = SimpleQueue()
         self._dispatcher = dispatcher
+        self._policy = dispatcher.policy()
         self._ask = ask
         self._clocked = clocked
+        self._expires = clocked.expires - min(_REPLY_S, (clocked.expires - clocked.started) / 20)
         self._request = _request(ask)
         self._observed = Observed()
-        self._answers: dict[str, TierReply | Events] = {}
+        self._calls: dict[str, Call] = {}
+        self._attempts: dict[str, int] = {}
+        self._answers: dict[str, TierReply | Call] = {}
         self._refusal: RefusedError | None = None
         self._ledger = Ledger(clocked, dispatcher.clock)
+        self._shown = 0  # of the device's answer: its start and so many pieces less one
+        self._usual = _usual(dispatcher, ask.skill)
+        dispatcher.retries.deposit(self._policy.retry_budget)
+        dispatcher.hedges.deposit(self._policy.edge.hedge)
 
-    def choose(self) -> Step:
-        """The next step as things stand now."""
-        tiers = self._dispatcher
-        remaining_ms = 1e3 * (self._clocked.expires - tiers.clock())
-        conditions = Conditions(tiers.device.is_up(), tiers.edge.is_up(), remaining_ms)
-        return route(tiers.policy, conditions, self._request, self._observed)
-
-    def take(self, step: Step) -> None:
-        """Ask the tier that the step names, and note what came of it."""
-        client = self._dispatcher.device if step.uses == "device" else self._dispatcher.edge
-        try:
-            outcome: Answer | Failure = self._call(client, step.uses)
-        except TierFailedError as failure:
-            outcome = Failure(failure.reason)
-        except RefusedError as refusal:
-            self._refusal = _in_the_callers_words(refusal, self._ask)
-            outcome = Failure(f"{client.name}_refused")
-        self._observed = replace(self._observed, **{step.uses: outcome})
+    def decide(self) -> Generator[Event, None, Step]:
+        """Take steps until one is the last; gives what may be shown of an answer that is still on its way."""
+        step = self._choose()
+        while not step.is_last:
+            if step.kind is Kind.WAIT:
+                self._wait(step.look_again_ms / 1e3)
+                yield from self._new()
+            else:
+                self._put(step)
+            step = self._choose()
+        return step
 
     def reply(self, step: Step) -> Iterator[Event]:
         """The events of the last step; raises what a tier refused if no tier answered."""
         if step.kind is Kind.FALL_BACK:
             if self._refusal is not None:
                 raise self._refusal
-            return self._canned(step)
-        answer = self._answers[step.uses]
-        return self._whole(step, answer) if isinstance(answer, TierReply) else self._live(step, answer)
+            events = self._fallen_back(step)
+        else:
+            answer = self._answers[step.uses]
+            self._cut_all_but(answer)
+            events = self._whole(step, answer) if isinstance(answer, TierReply) else self._live(step, answer)
+        return self._continued(step, events) if self._shown else events
 
-    def _call(self, client: TierClient, uses: str) -> Answer:
-        ask = _as_chat(self._ask) if uses == "chat" else self._ask
-        remaining_s = self._clocked.expires - self._dispatcher.clock()
-        traffic = self._ledger.open(client.name)
-        if ask.stream and ask.skill == CHAT:
-            events = client.stream(ask, remaining_s, traffic)
-            next(events)  # the tier has its first token: from here on this is the answer
+    def _continued(self, step: Step, events: Iterator[Event]) -> Iterator[Event]:
+        """The rest of an answer of which the device's pieces are shown; another one takes its place, and says so."""
+        start = next(events)
+        if step.uses == "device":
+            yield from (event for event in events if isinstance(event, End))
+        elif isinstance(start, Start):
+            yield Switch(start.report.model_copy(update={"replaces": "device"}))
+            yield from events
+
+    def _new(self) -> Iterator[Event]:
+        """What the device said since the last time, where that is shown before it is decided who answers."""
+        call = self._calls.get("device")
+        if call is None or call.begun is None or not self._shows_early:
+            return
+        if not self._shown:
+            begun = Report(source="device", route="device", reason="first", node_id=self._dispatcher.node_id)
+            yield Start(call.begun.model, begun)
+            self._shown = 1
+        pieces = call.pieces[self._shown - 1 :]
+        self._shown += len(pieces)
+        yield from pieces
+
+    @property
+    def _shows_early(self) -> bool:
+        return self._ask.stream and self._policy.stream.on_escalation is OnEscalation.EVENT
+
+    def close(self) -> None:
+        """Nothing more is needed. What has no time left ends by itself, and shows how its tier does."""
+        if self._expires - self._dispatcher.clock() > 0:
+            self._cut_all_but(None)
+
+    def _cut_all_but(self, kept: object) -> None:
+        for call in self._calls.values():
+            if call is not kept:
+                call.cut()
+
+    def _choose(self) -> Step:
+        """The next step as things stand now."""
+        tiers = self._dispatcher
+        conditions = Conditions(
+            device_up=tiers.device.is_up(),
+            edge_up=tiers.edge.is_up(),
+            remaining_ms=1e3 * (self._expires - tiers.clock()),
+            power=self._power(),
+            may_hedge=tiers.hedges.available,
+            may_retry=tiers.retries.available,
+            **self._usual,
+        )
+        return route(self._policy, conditions, self._request, self._seen())
+
+    def _power(self) -> Power:
+        return self._dispatcher.power(self._ask.battery_level)
+
+    def _seen(self) -> Observed:
+        """What came back, and how long the others have been asked."""
+        pending = {
+            uses: _pending(call)
+            for uses, call in self._calls.items()
+            if isinstance(getattr(self._observed, uses), Pending)
+        }
+        return replace(self._observed, **pending) if pending else self._observed
+
+    def _put(self, step: Step) -> None:
+        """Ask the tier that the step names, if the budget that it needs still has something."""
+        tiers = self._dispatcher
+        budget = {"retry": tiers.retries, "hedge": tiers.hedges}.get(step.spends)
+        if budget is not None and not budget.take():
+            return
+        client = tiers.device if step.uses == "device" else tiers.edge
+        ask = self._smaller(_as_chat(self._ask) if step.uses == "chat" else self._ask)
+        call = Call(client, ask, self._ledger.open(client.name), self._clocked.expires)
+        self._calls[step.uses] = call
+        self._attempts[step.uses] = self._attempts.get(step.uses, 0) + 1
+        self._observe(step.uses, Pending())
+        call.start(tiers.executor, self.inbox, stream=self._is_streamed(step, ask))
+
+    def _is_streamed(self, step: Step, ask: Ask) -> bool:
+        """A chat if that is asked for; a frame of the device where its beginning is of use: to show, or to forecast."""
+        if ask.skill == CHAT:
+            return ask.stream
+        if step.uses != "device" or ask.model != "auto":
+            return False
+        sequential_ms = (self._usual["device_ms"] or 0.0) + (self._usual["edge_ms"] or math.inf)
+        is_tight = 1e3 * (self._expires - self._dispatcher.clock()) <= TIGHT * sequential_ms < math.inf
+        return self._shows_early or (self._policy.edge.early and is_tight)
+
+    def _smaller(self, ask: Ask) -> Ask:
+        """The question, for a shorter answer where power is short."""
+        most = self._policy.save.max_tokens
+        if self._power().mode is PowerMode.NORMAL or ask.sampling.max_tokens <= most:
+            return ask
+        return replace(ask, sampling=replace(ask.sampling, max_tokens=most))
+
+    def _wait(self, look_again_s: float) -> None:
+        """Until a tier says something, the power changes, or it is time to look again."""
+        happened = self._next(self._dispatcher.clock() + look_again_s)
+        if happened is not None:
+            self._note(*happened)
+
+    def _next(self, until: float) -> tuple[Call, Happening] | None:
+        """What happens next; None when it is time, or somebody woke us. Raises `ClientLeftError`."""
+        until = min(until, self._expires)
+        while True:
+            left_s = until - self._dispatcher.clock()
+            try:
+                return self.inbox.get(timeout=max(0.0, min(left_s, _LOOK_EVERY_S)))
+            except Empty:
+                if left_s <= _LOOK_EVERY_S:
+                    return None
+            if self._clocked.gone is not None and self._clocked.gone():
+                raise ClientLeftError
+
+    def _note(self, call: Call, happening: Happening) -> None:
+        """See what came of a call; one that was given up for another says nothing any more."""
+        uses = next((uses for uses, known in self._calls.items() if known is call), None)
+        if uses is None or not isinstance(getattr(self._observed, uses), Pending):
+            return
+        told = call.collected(happening) if call.collects else happening
+        if told is not None:
+            self._see(uses, call, told)
+
+    def _see(self, uses: str, call: Call, happening: Happening) -> None:
+        if isinstance(happening, TierReply):
+            self._ledger.close(call.exchange, happening.report)
+            self._answers[uses] = happening
+            self._observe(uses, _outcome(happening.report))
+        elif isinstance(happening, TierFailedError):
+            self._observe(uses, Failure(happening.reason, happening.retriable, self._attempts[uses]))
+        elif isinstance(happening, RefusedError):
+            self._refusal = _in_the_callers_words(happening, self._ask)
+            self._observe(uses, Failure(f"{call.client.name}_refused"))
+        elif isinstance(happening, Exception):
+            raise happening
+        else:  # the first event of a stream: the tier has its first token, from here on this is the answer
             self._ledger.first_token()
-            self._answers[uses] = events
-            return Answer()
-        reply = client.ask(ask, remaining_s, traffic)
-        self._ledger.close(reply.report)
-        self._answers[uses] = reply
-        return _outcome(reply.report)
+            self._answers[uses] = call
+            self._observe(uses, Answer())
+
+    def _observe(self, uses: str, outcome: Outcome) -> None:
+        self._observed = replace(self._observed, **{uses: outcome})
 
     def _whole(self, step: Step, answer: TierReply) -> Iterator[Event]:
         report = self._report(step, answer.report)
@@ -126,38 +302,58 @@ class _Run:
         yield Piece(answer.text, answer.logprobs, answer.calls)
         yield End(answer.finish_reason, answer.usage, report)
 
-    def _live(self, step: Step, events: Events) -> Iterator[Event]:
-        """Pass a stream through; where it breaks, what was sent stands, flagged."""
+    def _live(self, step: Step, call: Call) -> Iterator[Event]:
+        """Pass a stream through; where it breaks, or has to stop, what was sent stands, flagged."""
         source = "device" if step.uses == "device" else "edge"
         begun = Report(source=source, route=step.route, reason=step.reason, node_id=self._dispatcher.node_id)
         yield Start(source, begun)
-        pieces = 0
-        try:
-            for event in events:
-                if isinstance(event, Piece):
-                    pieces += 1
-                    yield event
-                if isinstance(event, End):
-                    self._ledger.close(event.report)
-                    yield replace(event, report=self._report(step, event.report))
-        except TierFailedError as failure:
-            broken = begun.model_copy(update={"degraded": True, "reason": failure.reason})
-            if not pieces:
-                yield self._said(failure.reason)
-            yield End("length", Usage.of(0, pieces), self._report(step, broken))
-        finally:
-            _close(events)
+        pieces, stopped = 0, ""
+        while not stopped:
+            happening = self._of(call)
+            if isinstance(happening, Piece):
+                pieces += 1
+                yield happening
+            elif isinstance(happening, End):
+                self._ledger.close(call.exchange, happening.report)
+                yield replace(happening, report=self._report(step, happening.report))
+                return
+            elif isinstance(happening, TierFailedError):
+                stopped = happening.reason
+            elif isinstance(happening, Exception):
+                raise happening
+            elif self._power().mode is PowerMode.CRITICAL:
+                stopped = "battery"
+            elif self._dispatcher.clock() >= self._expires:
+                stopped = "deadline"
+        call.cut()
+        if not pieces:
+            yield self._said(self._dispatcher.fallback.answer(self._ask, stopped))
+        broken = begun.model_copy(update={"degraded": True, "reason": stopped})
+        yield End("length", Usage.of(0, pieces), self._report(step, broken))
 
-    def _canned(self, step: Step) -> Iterator[Event]:
-        said = Report(source="canned", route=step.route, reason=step.reason, node_id=self._dispatcher.node_id)
+    def _of(self, call: Call) -> Happening | None:
+        """What a call tells next; None when there is reason to look up."""
+        while (happened := self._next(self._expires)) is not None:
+            if happened[0] is call:
+                return happened[1]
+        return None
+
+    def _fallen_back(self, step: Step) -> Iterator[Event]:
+        answer = self._dispatcher.fallback.answer(self._ask, step.reason)
+        frame = None if answer is None or isinstance(answer, str) else dict(answer)
+        source = MODEL if frame is None else RULES
+        node_id = self._dispatcher.node_id
+        said = Report(source=source, route=step.route, reason=step.reason, frame=frame, node_id=node_id)
         report = self._report(step, said)
-        yield Start(canned.MODEL, report)
-        yield self._said(step.reason)
+        yield Start(source, report)
+        yield self._said(answer)
         yield End("stop", Usage(), report)
 
-    def _said(self, reason: str) -> Piece:
-        """A canned message; where JSON was asked for it is a refusal, so that nobody parses it."""
-        return Piece(canned.text_for(reason), refuses=self._ask.json is not None)
+    def _said(self, answer: Any) -> Piece:
+        """A fallback's answer; a text where JSON was asked for is a refusal, so that nobody parses it."""
+        if answer is None or isinstance(answer, str):
+            return Piece(answer or "", refuses=self._ask.json is not None)
+        return Piece(json.dumps(answer, ensure_ascii=False))
 
     def _report(self, step: Step, said: Report) -> Report:
         """What the tier said of itself, with the dispatcher's route, reason and costs."""
@@ -169,7 +365,7 @@ class _Run:
                 "route": step.route,
                 "reason": said.reason if cut_short else step.reason,
                 "degraded": said.degraded or step.degraded,
-                "threshold": threshold_of(self._dispatcher.policy, self._request, calibrated) if judged else None,
+                "threshold": threshold_of(self._policy, self._request, calibrated) if judged else None,
                 **self._ledger.totals(),
             }
         )
@@ -210,7 +406,21 @@ def _facts(client: TierClient) -> ModelFacts:
     )
 
 
-def _close(events: Events) -> None:
-    close = getattr(events, "close", None)
-    if close is not None:
-        close()
+def _usual(dispatcher: Dispatcher, skill: str) -> dict[str, float | None]:
+    """How long the tiers take lately for the skill, as `Conditions` names it."""
+    return {
+        "device_ms": _ms(dispatcher.device.takes_s(skill, 0.9)),
+        "slow_device_ms": _ms(dispatcher.device.takes_s(skill, 0.95)),
+        "edge_ms": _ms(dispatcher.edge.takes_s(skill, 0.9)),
+        "least_edge_ms": _ms(dispatcher.edge.takes_s(skill, 0.1)),
+    }
+
+
+def _pending(call: Call) -> Pending:
+    forecast = call.begun.report if call.begun else None
+    confidence, threshold = (forecast.confidence, forecast.threshold) if forecast else (None, None)
+    return Pending(1e3 * call.waited_s, confidence, threshold)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds

@@ -12,7 +12,7 @@ from functions.serving.events import Joules, NetworkBytes, Report, Timing
 
 
 @dataclass
-class _Exchange:
+class Exchange:
     """One call of a tier. `began` on the dispatcher's clock; `report` as soon as the tier has sent it."""
 
     tier: str
@@ -27,21 +27,23 @@ class Ledger:
     def __init__(self, clocked: Clocked, clock: Callable[[], float]) -> None:
         self._clocked = clocked
         self._clock = clock
-        self._exchanges: list[_Exchange] = []
+        self._exchanges: list[Exchange] = []
         self._first_token: float | None = None
+        self._last: Exchange | None = None
 
-    def open(self, tier: str) -> Traffic:
-        """Begin an exchange; its client counts into the result."""
-        self._exchanges.append(_Exchange(tier, self._clock()))
-        return self._exchanges[-1].traffic
+    def open(self, tier: str) -> Exchange:
+        """Begin an exchange; its client counts into its traffic."""
+        self._exchanges.append(Exchange(tier, self._clock()))
+        return self._exchanges[-1]
 
     def first_token(self) -> None:
         """The first token of a stream is here."""
         self._first_token = self._clock()
 
-    def close(self, report: Report) -> None:
-        """The exchange begun last has its report."""
-        self._exchanges[-1].report = report
+    def close(self, exchange: Exchange, report: Report) -> None:
+        """The exchange has its report; the one closed last gave the answer."""
+        exchange.report = report
+        self._last = exchange
 
     def totals(self) -> dict[str, Any]:
         """The sums as fields of a `Report`."""
@@ -56,7 +58,7 @@ class Ledger:
         )
         return {"timing_ms": timing, "network_bytes": self._bytes(), "joules": _joules(reports)}
 
-    def _network_ms(self, exchange: _Exchange) -> float:
+    def _network_ms(self, exchange: Exchange) -> float:
         """Time on the way to the edge and back: what it took, less what the edge says it needed."""
         if exchange.tier != "edge":
             return 0.0
@@ -68,11 +70,9 @@ class Ledger:
         """When the first token of the answer was there: seen in a stream, else as its tier tells."""
         if self._first_token is not None:
             return 1e3 * (self._first_token - self._clocked.started)
-        if not self._exchanges or self._exchanges[-1].report is None:
+        if self._last is None or self._last.report is None:
             return 0.0
-        last = self._exchanges[-1]
-        told = last.report.timing_ms.first_token if last.report else 0.0
-        return 1e3 * (last.began - self._clocked.started) + told
+        return 1e3 * (self._last.began - self._clocked.started) + self._last.report.timing_ms.first_token
 
     def _bytes(self) -> NetworkBytes:
         edge = [exchange.traffic for exchange in self._exchanges if exchange.tier == "edge"]

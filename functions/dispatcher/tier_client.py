@@ -7,20 +7,23 @@ ApiError            the tier refused the request; passed on to the caller
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
 from functions.dispatcher import wire
-from functions.dispatcher.cooldown import Cooldown
-from functions.serving.ask import Ask
+from functions.dispatcher.breaker import Breaker
+from functions.dispatcher.leash import Leash
+from functions.serving.ask import CHAT, Ask
 from functions.serving.errors import ApiError, RefusedError
-from functions.serving.events import End, Event, Events, NetworkBytes
+from functions.serving.events import CONFIDENCE_HEADER, THRESHOLD_HEADER, End, Event, Events, NetworkBytes, Start
 from functions.serving.parse import DEADLINE_HEADER
+from functions.serving.recent import Recent
 from functions.serving.render import EVENT_STREAM
 
 _REPLY_BYTES = 16 << 20
@@ -31,14 +34,18 @@ _RETURN_SHARE = 0.05
 _RETURN_MAX_S = 0.05
 _CLIENT_ERRORS = range(400, 500)
 _UNREACHED = frozenset({502, 503, 504})
+# A frame is given up after so many times what nearly all of the tier's last ones took, but not before that time.
+_PATIENCE = 3.0
+_LEAST_TIMEOUT_S = 0.1
 
 
 class TierFailedError(Exception):
-    """The tier was asked and did not answer."""
+    """The tier was asked and did not answer. `retriable`: the connection broke, the tier itself may be well."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, retriable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.retriable = retriable
 
 
 @dataclass
@@ -67,36 +74,81 @@ class Target:
 class TierClient:
     """Asks one tier through a pool of connections."""
 
-    def __init__(self, target: Target, http: httpx.Client, cooldown: Cooldown | None = None) -> None:
+    def __init__(self, target: Target, http: httpx.Client, breaker: Breaker | None = None) -> None:
         self._target = target
         self._http = http
-        self._cooldown = cooldown or Cooldown(self._probe)
+        self._breaker = breaker or Breaker(self._probe)
+        self._lock = threading.Lock()
+        self._recent: dict[str, Recent] = {}
 
     @property
     def name(self) -> str:
         """The tier's name."""
         return self._target.name
 
+    @property
+    def breaker(self) -> Breaker:
+        """Its circuit breaker."""
+        return self._breaker
+
     def is_up(self) -> bool:
-        """False while the tier is left alone after a failed connection."""
-        return self._cooldown.allows()
+        """False while the tier is left alone after failures."""
+        return self._breaker.allows()
 
-    def ask(self, ask: Ask, remaining_s: float, traffic: Traffic) -> wire.TierReply:
-        """Get the whole answer within `remaining_s`; raises `TierFailedError` or `ApiError`."""
-        with self._exchange(ask, remaining_s, traffic, stream=False) as (response, expires):
-            return wire.read_reply(ask, self._json(response, expires))
+    def takes_s(self, skill: str, share: float) -> float | None:
+        """What that share of its last answers to the skill took at most, network included; None: too few to say."""
+        recent = self._recent.get(skill)
+        if recent is None:
+            return None
+        with self._lock:
+            return recent.percentile(share, time.monotonic())
 
-    def stream(self, ask: Ask, remaining_s: float, traffic: Traffic) -> Events:
-        """Get the answer token by token; raises as `ask` does, also between events."""
+    def ask(self, ask: Ask, remaining_s: float, traffic: Traffic, leash: Leash | None = None) -> wire.TierReply:
+        """Get the whole answer within `remaining_s`; raises `TierFailedError` or `ApiError`.
+
+        Cutting the `leash` ends it in any thread.
+        """
+        began = time.monotonic()
+        with self._exchange(ask, remaining_s, traffic, leash, stream=False) as response:
+            reply = wire.read_reply(ask, self._json(response))
+        self._note(ask.skill, time.monotonic() - began, known=True)
+        return reply
+
+    def stream(self, ask: Ask, remaining_s: float, traffic: Traffic, leash: Leash | None = None) -> Events:
+        """Get the answer token by token; raises as `ask` does, also between events.
+
+        A frame's `Start` tells what the tier forecasts of its confidence.
+        """
         last: Event | None = None
-        with self._exchange(ask, remaining_s, traffic, stream=True) as (response, expires):
-            for event in wire.read_stream(ask, self._lines(response, expires)):
+        began = time.monotonic()
+        with self._exchange(ask, remaining_s, traffic, leash, stream=True) as response:
+            for event in wire.read_stream(ask, response.iter_lines()):
                 if isinstance(event, End):
                     last = event
+                elif isinstance(event, Start):
+                    yield replace(event, report=event.report.model_copy(update=_foretold(response)))
                 else:
                     yield event
         if last is not None:
+            if ask.skill != CHAT:
+                self._note(ask.skill, time.monotonic() - began, known=True)
             yield last  # after the exchange is closed and counted
+
+    def _note(self, skill: str, took_s: float, *, known: bool) -> None:
+        """Remember how long an answer took.
+
+        A failure after longer than usual counts too, so that time-outs grow with a tier that has become slow; but only
+        an answer makes a skill known, since callers name what they like.
+        """
+        if known:
+            with self._lock:
+                self._recent.setdefault(skill, Recent()).add(took_s, time.monotonic())
+
+    def _limit_s(self, ask: Ask, remaining_s: float) -> float:
+        """The longest to wait. A frame has a usual time; a chat is as long as it is."""
+        usual_s = None if ask.skill == CHAT else self.takes_s(ask.skill, 0.99)
+        patience_s = self._target.timeout_s if usual_s is None else max(_LEAST_TIMEOUT_S, _PATIENCE * usual_s)
+        return min(remaining_s, self._target.timeout_s, patience_s)
 
     def describe(self) -> dict[str, Any] | None:
         """The tier's entry in its `/v1/models`; None when it does not answer."""
@@ -106,46 +158,76 @@ class TierClient:
             response = self._http.get(f"{self._target.url}/v1/models", timeout=_PROBE_S)
             entries = response.json()["data"] if response.status_code == httpx.codes.OK else []
         except httpx.ConnectError:
-            self._cooldown.failed()
+            self._breaker.refused()
             return None
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
         return next((entry for entry in entries if entry.get("id") == self.name), None)
 
     def _probe(self) -> bool:
+        """Whether the tier's model is ready. One that is full is alive."""
         try:
-            return self._http.get(f"{self._target.url}/healthz", timeout=_PROBE_S).status_code == httpx.codes.OK
+            status = self._http.get(f"{self._target.url}/_/ready", timeout=_PROBE_S).status_code
         except httpx.HTTPError:
             return False
+        return status in {httpx.codes.OK, httpx.codes.TOO_MANY_REQUESTS}
 
     @contextmanager
     def _exchange(
-        self, ask: Ask, remaining_s: float, traffic: Traffic, *, stream: bool
-    ) -> Iterator[tuple[httpx.Response, float]]:
+        self, ask: Ask, remaining_s: float, traffic: Traffic, leash: Leash | None, *, stream: bool
+    ) -> Iterator[httpx.Response]:
         """Send the request; gives the response to a request that the tier took. Counts and translates."""
-        limit_s = min(remaining_s, self._target.timeout_s)
-        began = time.monotonic()
+        began, limit_s = time.monotonic(), self._limit_s(ask, remaining_s)
+        leash = leash or Leash(began)
+        leash.expires = began + limit_s
         request = self._request(ask, limit_s, stream=stream)
         traffic.sent += _request_bytes(request)
         try:
-            response = self._http.send(request, stream=True)
-            try:
-                self._check(response, began + limit_s)
-                yield response, began + limit_s
-            finally:
-                traffic.received += _response_bytes(response)
-                response.close()
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            self._cooldown.failed()
-            raise TierFailedError(self._unreached) from error
-        except httpx.TimeoutException as error:
-            raise TierFailedError("deadline") from error
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise TierFailedError(self._unreached) from error
-        except wire.MalformedReplyError as error:
-            raise TierFailedError(f"{self.name}_error") from error
+            with leash.hold(), self._sent(request, traffic) as response:
+                yield response
+        except (TierFailedError, httpx.HTTPError, httpx.StreamError, wire.MalformedReplyError) as error:
+            failure = self._failure(error, out_of_time=limit_s >= remaining_s)
+            self._judge(ask, error, failure, leash, time.monotonic() - began)
+            raise failure from error
+        else:
+            self._breaker.answered()
         finally:
             traffic.seconds += time.monotonic() - began
+
+    @contextmanager
+    def _sent(self, request: httpx.Request, traffic: Traffic) -> Iterator[httpx.Response]:
+        response = self._http.send(request, stream=True)
+        try:
+            self._check(response)
+            yield response
+        finally:
+            traffic.received += _response_bytes(response)
+            response.close()
+
+    def _failure(self, error: Exception, *, out_of_time: bool) -> TierFailedError:
+        """Translate what went wrong."""
+        if isinstance(error, TierFailedError):
+            return error
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return TierFailedError(self._unreached)
+        if isinstance(error, httpx.TimeoutException):
+            return TierFailedError("deadline" if out_of_time else f"{self.name}_timeout")
+        if isinstance(error, wire.MalformedReplyError | httpx.DecodingError):
+            return TierFailedError(f"{self.name}_error")
+        return TierFailedError(self._unreached, retriable=True)
+
+    def _judge(self, ask: Ask, error: Exception, failure: TierFailedError, leash: Leash, waited_s: float) -> None:
+        """Tell the breaker. A tier that is full is well; one that had too little time may be."""
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            self._breaker.refused()
+            return
+        usual_s = self.takes_s(ask.skill, 0.99)
+        is_long = usual_s is not None and waited_s > usual_s
+        self._note(ask.skill, waited_s, known=is_long)
+        if (leash.is_cut or failure.reason == "deadline") and not is_long:
+            return
+        if failure.reason != f"{self.name}_busy":
+            self._breaker.failed()
 
     def _request(self, ask: Ask, limit_s: float, *, stream: bool) -> httpx.Request:
         granted_s = limit_s - min(_RETURN_MAX_S, limit_s * _RETURN_SHARE)
@@ -159,26 +241,25 @@ class TierClient:
         url = self._target.url + wire.path_of(ask)
         return self._http.build_request("POST", url, content=content, headers=headers, timeout=timeout)
 
-    def _check(self, response: httpx.Response, expires: float) -> None:
+    def _check(self, response: httpx.Response) -> None:
         """Pass refusals on; everything else but a 200 is a failure of the tier."""
         status = response.status_code
         if status == httpx.codes.OK:
             return
         if status == httpx.codes.TOO_MANY_REQUESTS:
             raise TierFailedError(f"{self.name}_busy")
-        refusal = _refusal(status, self._json(response, expires)) if status in _CLIENT_ERRORS else None
+        refusal = _refusal(status, self._json(response)) if status in _CLIENT_ERRORS else None
         if refusal is not None:
             raise refusal
         # A 404 without our error body comes from a gateway that has no such function.
         unreached = status in _UNREACHED or status in _CLIENT_ERRORS
         raise TierFailedError(self._unreached if unreached else f"{self.name}_error")
 
-    def _json(self, response: httpx.Response, expires: float) -> Any:
-        """Read the body: in time, and not without bound."""
+    def _json(self, response: httpx.Response) -> Any:
+        """Read the body, not without bound."""
         parts, size = [], 0
         for part in response.iter_bytes():
             size += len(part)
-            self._still_waited_for(expires)
             if size > _REPLY_BYTES:
                 raise TierFailedError(f"{self.name}_error")
             parts.append(part)
@@ -186,15 +267,6 @@ class TierClient:
             return json.loads(b"".join(parts))
         except ValueError:
             return None
-
-    def _lines(self, response: httpx.Response, expires: float) -> Iterator[str]:
-        for line in response.iter_lines():
-            self._still_waited_for(expires)
-            yield line
-
-    def _still_waited_for(self, expires: float) -> None:
-        if time.monotonic() > expires:
-            raise TierFailedError("deadline")
 
     @property
     def _unreached(self) -> str:
@@ -207,6 +279,17 @@ def _refusal(status: int, body: Any) -> ApiError | None:
         return None
     param, code = error.get("param"), error.get("code")
     return RefusedError(status, error["message"], param=param, code=code)
+
+
+def _foretold(response: httpx.Response) -> dict[str, float]:
+    """Confidence and threshold, as far as the headers tell them."""
+    told = {}
+    for name, header in (("confidence", CONFIDENCE_HEADER), ("threshold", THRESHOLD_HEADER)):
+        with suppress(ValueError):
+            value = float(response.headers.get(header, "nan"))
+            if 0 <= value <= 1:
+                told[name] = value
+    return told
 
 
 def _request_bytes(request: httpx.Request) -> int:

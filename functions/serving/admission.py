@@ -1,35 +1,64 @@
-"""Who gets in: so many at work, so many waiting in order of arrival, everyone else is refused at once."""
+"""Who gets in: so many at work, so many waiting by deadline, everyone else is refused at once.
+
+How many are at work adapts: one in ten fewer each time an answer comes late that should not have, one more after as
+many timely ones as there are places (additive increase, multiplicative decrease).
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from functions.serving.errors import ApiError, ClientLeftError, OverloadedError
+from functions.serving.recent import Recent
 
-_RETRY_AFTER_S = 1
 _LOOK_EVERY_S = 0.1
 """How often one who waits looks whether the caller is still there."""
+_DECREASE = 0.9
+_LEAST_SHARE = 0.25
+"""Of `max_inflight`: a tier that is slow for another reason must not shut the door altogether."""
+_LATE_SHARE = 0.05
+"""An answer that used up its time but for this share was cut short by its deadline."""
+_LONGEST_RETRY_AFTER_S = 60
+
+
+@dataclass(order=True)
+class _Turn:
+    """One who waits; the earliest deadline is first, and among equals who came first."""
+
+    expires: float
+    number: int
+    called: threading.Event = field(default_factory=threading.Event, compare=False)
+    hopeless: bool = field(default=False, compare=False)
 
 
 class Gate:
-    """Admits `max_inflight` requests, lets `queue_limit` wait, refuses the rest with 429."""
+    """Admits up to `max_inflight` requests, lets `queue_limit` wait, refuses the rest with 429.
+
+    Who has too little time left for what answers take is refused with 503 instead of being let in for nothing.
+    """
 
     def __init__(self, max_inflight: int, queue_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._free = max_inflight
         self._max_inflight = max_inflight
         self._queue_limit = queue_limit
         self._clock = clock
         self._lock = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
+        self._inflight = 0
+        self._limit = float(max_inflight)
+        self._next_decrease = -math.inf
+        self._queue: list[_Turn] = []
+        self._numbers = 0
+        self._took = Recent()
 
     @property
     def inflight(self) -> int:
         """Requests admitted."""
-        return self._max_inflight - self._free
+        return self._inflight
 
     @property
     def waiting(self) -> int:
@@ -37,58 +66,100 @@ class Gate:
         return len(self._queue)
 
     @property
+    def limit(self) -> int:
+        """Requests that may be at work at the moment."""
+        return int(self._limit)
+
+    @property
     def full(self) -> bool:
         """True when the next request would be refused."""
-        return self._free == 0 and len(self._queue) >= self._queue_limit
+        return self._inflight >= self.limit and len(self._queue) >= self._queue_limit
 
     @contextmanager
     def admitted(self, expires: float, gone: Callable[[], bool] = lambda: False) -> Iterator[float]:
         """Hold a place while the block runs; gives the seconds it waited.
 
-        `expires` is when, on the clock, waiting is of no more use. Raises `OverloadedError` when the queue is full
-        (at once) or the time is up, and `ClientLeftError` once the caller is `gone`.
+        `expires` is when, on the clock, waiting is of no more use. Raises `OverloadedError` when the queue is full or
+        there is no hope (at once) or the time is up, and `ClientLeftError` once the caller is `gone`.
         """
-        waited_s = self._enter(expires, gone)
+        came = self._clock()
+        waited_s = self._enter(came, expires, gone)
         try:
             if gone():
                 raise ClientLeftError
             yield waited_s
         finally:
-            self._leave()
+            self._leave(came, came + waited_s, expires)
 
-    def _enter(self, expires: float, gone: Callable[[], bool]) -> float:
+    def _enter(self, came: float, expires: float, gone: Callable[[], bool]) -> float:
         with self._lock:
-            if self._free:
-                self._free -= 1
+            if self._inflight < self.limit:
+                self._inflight += 1
                 return 0.0
             if len(self._queue) >= self._queue_limit:
-                raise _overloaded(429, "too many requests; come back later", "overloaded")
-            turn = threading.Event()
-            self._queue.append(turn)
-        began = self._clock()
-        error: ApiError = _overloaded(503, "the deadline passed while the request waited", "deadline")
+                raise self._overloaded(429, "too many requests; come back later", "overloaded")
+            self._numbers += 1
+            turn = _Turn(expires, self._numbers)
+            if self._has_no_hope(turn):
+                raise self._too_late()
+            heapq.heappush(self._queue, turn)
+        error: ApiError | None = None
         while (left_s := expires - self._clock()) > 0:
-            if turn.wait(min(left_s, _LOOK_EVERY_S)):
-                return self._clock() - began
+            if turn.called.wait(min(left_s, _LOOK_EVERY_S)):
+                break
             if gone():
                 error = ClientLeftError()
                 break
-        return self._give_up(turn, began, error)
+        self._take(turn, error)
+        return self._clock() - came
 
-    def _give_up(self, turn: threading.Event, began: float, error: ApiError) -> float:
+    def _take(self, turn: _Turn, error: ApiError | None) -> None:
+        """Take the place that was handed over, maybe in the last moment; else leave the queue."""
         with self._lock:
-            if turn.is_set():  # handed over in the last moment
-                return self._clock() - began
-            self._queue.remove(turn)
-        raise error
+            if not turn.called.is_set():
+                self._queue.remove(turn)
+                heapq.heapify(self._queue)
+                raise error or self._too_late()
+            if turn.hopeless:
+                raise self._too_late()
 
-    def _leave(self) -> None:
+    def _leave(self, came: float, began: float, expires: float) -> None:
         with self._lock:
-            if self._queue:
-                self._queue.popleft().set()  # the place goes straight to whoever waited longest
-            else:
-                self._free += 1
+            now = self._clock()
+            self._adapt(now, began, came, expires)
+            self._took.add(now - began, now)
+            self._inflight -= 1
+            while self._queue and self._inflight < self.limit:
+                turn = heapq.heappop(self._queue)  # the place goes straight to whoever has the earliest deadline
+                turn.hopeless = turn.expires - now < (self._took.percentile(0.1, now) or 0.0)
+                self._inflight += not turn.hopeless
+                turn.called.set()
 
+    def _adapt(self, now: float, began: float, came: float, expires: float) -> None:
+        """One place more or fewer. Who never had the time that answers take says nothing about the load."""
+        granted_s, usual_s = expires - came, self._took.percentile(0.5, now)
+        if now - came >= (1 - _LATE_SHARE) * granted_s:
+            if usual_s is not None and granted_s > usual_s and now >= self._next_decrease:
+                self._limit = max(1.0, _LEAST_SHARE * self._max_inflight, _DECREASE * self._limit)
+                self._next_decrease = now + (now - began)  # what is at work now was let in before
+        elif self._inflight >= self.limit:
+            self._limit = min(self._max_inflight, self._limit + 1 / self._limit)
 
-def _overloaded(status: int, message: str, code: str) -> OverloadedError:
-    return OverloadedError(status, message, code=code, retry_after_s=_RETRY_AFTER_S)
+    def _has_no_hope(self, turn: _Turn) -> bool:
+        """Whether those with an earlier deadline alone will probably take up the turn's time."""
+        now = self._clock()
+        usual_s = self._took.percentile(0.5, now)
+        if usual_s is None:
+            return False
+        before = sum(other < turn for other in self._queue) + 1
+        return turn.expires - now < usual_s * before / self.limit
+
+    def _too_late(self) -> OverloadedError:
+        return self._overloaded(503, "the deadline passed, or would pass, while the request waits", "deadline")
+
+    def _overloaded(self, status: int, message: str, code: str) -> OverloadedError:
+        """With the time after which those who wait now will probably be done; whole seconds, at least one."""
+        usual_s = self._took.percentile(0.5, self._clock()) or 0.0
+        clear_s = usual_s * (len(self._queue) + 1) / self.limit
+        retry_after_s = min(_LONGEST_RETRY_AFTER_S, max(1, math.ceil(clear_s)))
+        return OverloadedError(status, message, code=code, retry_after_s=retry_after_s)

@@ -75,8 +75,8 @@ class _Desk:
 
     def headers(self) -> parse.HeaderFields:
         """What the request says in headers."""
-        names = (parse.DEADLINE_HEADER, parse.DATA_CLASS_HEADER)
-        return parse.HeaderFields.read({name: request.headers.get(name, "") for name in names})
+        said = {name: request.headers.get(name, "") for name in parse.HEADERS}
+        return parse.HeaderFields.read(said, self._site.deadlines_ms())
 
     def parse_invoke(self) -> Ask:
         """Read `POST /`: JSON if it says so (or is a form that looks like it: curl's default), else plain text."""

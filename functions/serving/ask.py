@@ -57,7 +57,7 @@ class Ask:
 
     `messages` holds at least one turn of the user (for `Shape.COMPLETION` there are none, but a `prompt`).
     `json` and `tools` are the form that a chat's answer must have. `draft` is what the answer may begin with.
-    `deadline_s` is what the caller grants, None if it said nothing.
+    `deadline_s` is what the caller grants, None if it said nothing; so with `battery_level`, a share of a full battery.
     """
 
     shape: Shape
@@ -75,6 +75,7 @@ class Ask:
     chat_when_out_of_scope: bool = False
     local_only: bool = False
     threshold: float | None = None
+    battery_level: float | None = None
 
     @property
     def text(self) -> str:

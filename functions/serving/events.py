@@ -1,5 +1,7 @@
 """An answer on its way: one `Start`, any number of `Piece`s, one `End`. Tiers and dispatcher both speak it.
 
+`Switch`, between pieces, is the dispatcher's alone.
+
 `Report` and its parts are also the wire form of the `edgecascade` object, so one function reads what another wrote.
 """
 
@@ -10,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+CONFIDENCE_HEADER = "X-Edgecascade-Confidence"
+THRESHOLD_HEADER = "X-Edgecascade-Threshold"
 
 
 class Value(BaseModel):
@@ -61,7 +66,10 @@ class Draft(Value):
 
 
 class Report(Value):
-    """The `edgecascade` object: who answered, why, how sure, at what cost."""
+    """The `edgecascade` object: who answered, why, how sure, at what cost.
+
+    `replaces`, in a stream: what that tier said so far is void, the answer begins again.
+    """
 
     source: str
     route: str
@@ -76,6 +84,7 @@ class Report(Value):
     network_bytes: NetworkBytes = NetworkBytes()
     joules: Joules | None = None
     draft: Draft | None = None
+    replaces: str | None = None
 
     def headers(self) -> dict[str, str]:
         """The same in headers, as far as it is known."""
@@ -86,7 +95,9 @@ class Report(Value):
             "X-Edgecascade-Degraded": str(self.degraded).lower(),
         }
         if self.confidence is not None:
-            values["X-Edgecascade-Confidence"] = f"{self.confidence:.4f}"
+            values[CONFIDENCE_HEADER] = f"{self.confidence:.4f}"
+        if self.threshold is not None:
+            values[THRESHOLD_HEADER] = f"{self.threshold:.4f}"
         if self.timing_ms.total:
             parts = self.timing_ms.model_dump()
             values["Server-Timing"] = ", ".join(f"{name};dur={value:.2f}" for name, value in parts.items())
@@ -124,6 +135,13 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Another tier answers: the pieces so far are void. `report` holds what is known of it, and whom it replaces."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
 class CallDelta:
     """Some more of a call of a function; `id` and `name` come with the first piece of it."""
 
@@ -152,5 +170,5 @@ class End:
     report: Report
 
 
-Event = Start | Piece | End
+Event = Start | Switch | Piece | End
 Events = Iterator[Event]

@@ -49,6 +49,7 @@ class Metrics:
         )
         self._inflight = self._gauge("inflight_requests", "Requests being answered.")
         self._waiting = self._gauge("waiting_requests", "Requests waiting for admission.")
+        self._limit = self._gauge("inflight_limit", "Requests that may be answered at once; adapts to lateness.")
         self._ready = self._gauge("ready", "1 when requests are taken.")
         self._version = NO_VERSION
         self.expect(NO_VERSION)
@@ -87,10 +88,11 @@ class Metrics:
         """Count one request that got an error."""
         self._rejections.labels(**self._labels(self._version), code=code).inc()
 
-    def exposition(self, *, inflight: int, waiting: int, ready: bool) -> bytes:
+    def exposition(self, *, inflight: int, waiting: int, limit: int, ready: bool) -> bytes:
         """The text that Prometheus reads."""
         labels = self._labels(self._version)
-        for gauge, value in ((self._inflight, inflight), (self._waiting, waiting), (self._ready, int(ready))):
+        values = {self._inflight: inflight, self._waiting: waiting, self._limit: limit, self._ready: int(ready)}
+        for gauge, value in values.items():
             gauge.clear()
             gauge.labels(**labels).set(value)
         return generate_latest(self._registry)

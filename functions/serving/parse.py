@@ -24,8 +24,12 @@ from functions.serving.strict import MAX_TEXT
 Schema = TypeVar("Schema", bound=BaseModel)
 
 DEADLINE_HEADER = "X-Deadline-Ms"
+DEADLINE_CLASS_HEADER = "X-Deadline-Class"
+BATTERY_HEADER = "X-Battery-Level"
 DATA_CLASS_HEADER = "X-Data-Class"
+HEADERS = (DEADLINE_HEADER, DEADLINE_CLASS_HEADER, BATTERY_HEADER, DATA_CLASS_HEADER)
 LOCAL_ONLY = "local-only"
+_FULL_PERCENT = 100.0
 # The field to blame where a rule spans several.
 _WHOLE_MODEL = {"InvokeRequest": "text", "ChatRequest": "stream_options", "CompletionRequest": "stream_options"}
 
@@ -36,14 +40,23 @@ class HeaderFields:
 
     deadline_s: float | None = None
     local_only: bool = False
+    battery_level: float | None = None
 
     @classmethod
-    def read(cls, headers: Mapping[str, str]) -> HeaderFields:
-        """Read them; raises `RefusedError` naming the header."""
+    def read(cls, headers: Mapping[str, str], deadlines_ms: Mapping[str, float] | None = None) -> HeaderFields:
+        """Read them, with the deadlines by class that the function knows; raises `RefusedError` naming the header."""
         data_class = headers.get(DATA_CLASS_HEADER, "").strip().lower()
         if data_class not in {"", LOCAL_ONLY}:
             raise _refused(f"the only data class is '{LOCAL_ONLY}'", DATA_CLASS_HEADER)
-        return cls(_deadline(headers.get(DEADLINE_HEADER, "").strip()), data_class == LOCAL_ONLY)
+        asked = (
+            _deadline(headers.get(DEADLINE_HEADER, "").strip()),
+            _class_deadline(headers.get(DEADLINE_CLASS_HEADER, "").strip().lower(), deadlines_ms or {}),
+        )
+        return cls(
+            deadline_s=min((s for s in asked if s is not None), default=None),
+            local_only=data_class == LOCAL_ONLY,
+            battery_level=_battery_level(headers.get(BATTERY_HEADER, "").strip()),
+        )
 
 
 def chat(body: Mapping[str, Any], headers: HeaderFields) -> Ask:
@@ -115,6 +128,7 @@ def _shared(request: Common, headers: HeaderFields) -> dict[str, Any]:
         "chat_when_out_of_scope": request.out_of_scope == "chat",
         "local_only": headers.local_only or bool(request.local_only),
         "threshold": request.confidence_threshold,
+        "battery_level": headers.battery_level,
     }
 
 
@@ -146,6 +160,28 @@ def _deadline(text: str) -> float | None:
     if not 0 < value <= MAX_DEADLINE_MS:
         raise _refused("it must be a number of milliseconds above 0 and at most an hour", DEADLINE_HEADER)
     return value / 1e3
+
+
+def _class_deadline(name: str, deadlines_ms: Mapping[str, float]) -> float | None:
+    if not name:
+        return None
+    if name not in deadlines_ms:
+        known = f"known are {', '.join(sorted(deadlines_ms))}" if deadlines_ms else "this function knows none"
+        raise _refused(f"there is no such class of deadlines; {known}", DEADLINE_CLASS_HEADER)
+    return deadlines_ms[name] / 1e3
+
+
+def _battery_level(text: str) -> float | None:
+    """A share, 0…1; what is above 1 is per cent."""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _FULL_PERCENT:
+        raise _refused("it must be a share from 0 to 1, or per cent up to 100", BATTERY_HEADER)
+    return value / _FULL_PERCENT if value > 1 else value
 
 
 def validated(schema: type[Schema], body: Mapping[str, Any]) -> Schema:

@@ -15,7 +15,7 @@ from flask import Response
 
 from functions.serving.ask import Ask, Shape
 from functions.serving.errors import ApiError, BrokenOffError, ClientLeftError
-from functions.serving.events import CallDelta, End, Event, Events, Logprob, Piece, Report, Start, Usage
+from functions.serving.events import CallDelta, End, Event, Events, Logprob, Piece, Report, Start, Switch, Usage
 from functions.serving.replies import (
     AssistantMessage,
     ChatChoice,
@@ -61,6 +61,8 @@ def collect(events: Events, gone: Callable[[], bool]) -> Whole:
         for event in events:
             if isinstance(event, Piece):
                 pieces.append(event)
+            elif isinstance(event, Switch):
+                pieces.clear()
             elif isinstance(event, End):
                 return _whole(first, pieces, event)
             if gone():
@@ -176,6 +178,9 @@ class _Writer:
         if isinstance(event, Piece) and (event.text or event.logprobs or event.calls):
             yield self._chunk(_delta(event), event.text, list(event.logprobs), None)
             self.written += len(event.text)
+        if isinstance(event, Switch):
+            yield self._line(choices=[], edgecascade=event.report)
+            self.written = 0
         if isinstance(event, End):
             yield self._chunk(Delta(), "", [], event.finish_reason, event.report)
             if self.ask.include_usage:

@@ -62,7 +62,7 @@ class Answerer:
             for token in tokens:
                 decode.add(token, self.clock())
                 if len(decode.tokens) == 1:
-                    yield Start(self.tier.card.model_id, self._report(ask, clocked, decode, late=False))
+                    yield Start(self.tier.card.model_id, self._forecast(ask, clocked, decode))
                 yield decode.piece(token)
                 if token.finish_reason is None and self.clock() >= clocked.expires:
                     decode.late = True
@@ -97,6 +97,18 @@ class Answerer:
         judged = report if frame is None else self._judged(report, ask, frame, decode)
         yield End(decode.finish_reason, usage, judged)
 
+    def _forecast(self, ask: Ask, clocked: Clocked, decode: _Decode) -> Report:
+        """What is known after the first token; of a frame, how sure the tier expects to be of it."""
+        report = self._report(ask, clocked, decode, late=False)
+        frame = None if ask.skill == CHAT else _frame(decode.text)[0]
+        if frame is None:
+            return report
+        confidence = self.confidence.forecast(ask.skill, str(frame.get("intent", "")), decode.tokens[0])
+        return report.model_copy(update={"confidence": confidence, "threshold": self._threshold(ask)})
+
+    def _threshold(self, ask: Ask) -> float:
+        return self.confidence.threshold(ask.skill) if ask.threshold is None else ask.threshold
+
     def _report(self, ask: Ask, clocked: Clocked, decode: _Decode, *, late: bool) -> Report:
         card = self.tier.card
         reason = "chat" if ask.skill == CHAT else "requested"
@@ -115,9 +127,8 @@ class Answerer:
     def _judged(self, report: Report, ask: Ask, frame: dict[str, Any], decode: _Decode) -> Report:
         """The report with the frame, how sure the tier is, and from where on it should be trusted."""
         intent = str(frame.get("intent", ""))
-        threshold = self.confidence.threshold(ask.skill) if ask.threshold is None else ask.threshold
         confidence = None if decode.late else self.confidence.final(ask.skill, intent, decode.tokens)
-        return report.model_copy(update={"frame": frame, "confidence": confidence, "threshold": threshold})
+        return report.model_copy(update={"frame": frame, "confidence": confidence, "threshold": self._threshold(ask)})
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +25,23 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Site:
-    """What the routes of one function share; under `app.extensions["edgecascade"]` for whoever runs the app."""
+    """What the routes of one function share; under `app.extensions["edgecascade"]` for whoever runs the app.
+
+    `deadlines_ms` gives the deadlines by class that a request may name, as they are then.
+    """
 
     name: str
     common: Common
     gate: Gate
     metrics: Metrics
     drain: Drain
+    deadlines_ms: Callable[[], Mapping[str, float]] = dict
 
     @classmethod
-    def create(cls, name: str, common: Common) -> Site:
+    def create(cls, name: str, common: Common, deadlines_ms: Callable[[], Mapping[str, float]] = dict) -> Site:
         """Make the parts from the settings."""
         gate = Gate(common.max_inflight, common.queue_limit)
-        return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain())
+        return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain(), deadlines_ms)
 
 
 def create_base(site: Site, lifecycle: Lifecycle, extra: openapi.Extra | None = None) -> Flask:
@@ -73,7 +78,8 @@ def _add_status_routes(app: Flask, site: Site, lifecycle: Lifecycle, document: d
     @app.get("/metrics")
     def metrics() -> Response:
         is_ready = lifecycle.reason_not_ready() is None
-        body = site.metrics.exposition(inflight=site.gate.inflight, waiting=site.gate.waiting, ready=is_ready)
+        gate = site.gate
+        body = site.metrics.exposition(inflight=gate.inflight, waiting=gate.waiting, limit=gate.limit, ready=is_ready)
         return Response(body, content_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json")

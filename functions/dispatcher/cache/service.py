@@ -17,7 +17,7 @@ from functions.dispatcher.cache.store import StoreError
 from functions.serving.answering import Service
 from functions.serving.ask import Ask, Clocked
 from functions.serving.errors import BrokenOffError, RefusedError
-from functions.serving.events import End, Event, Events, Piece, Report, Start, Timing, Usage
+from functions.serving.events import End, Event, Events, Piece, Report, Start, Switch, Timing, Usage
 from functions.serving.replies import ModelEntry
 
 _LOG = logging.getLogger(__name__)
@@ -132,6 +132,8 @@ class CachedService:
                     model = event.model
                 elif isinstance(event, Piece):
                     pieces.append(event)
+                elif isinstance(event, Switch):
+                    pieces.clear()
                 elif _is_whole(event, pieces):
                     text = "".join(piece.text for piece in pieces)
                     keep(Given(text, model, event.report.model_version, event.report.frame))
