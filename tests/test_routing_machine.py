@@ -69,7 +69,9 @@ class Requests(RuleBasedStateMachine):
         self.settle(data, Answer(confidence, 0.8, out_of_scope))
 
     @precondition(lambda self: any(self.pending(name) for name in TIERS))
-    @rule(data=st.data(), reason=st.sampled_from(["deadline", "edge_busy", "edge_error"]), retriable=st.booleans())
+    @rule(
+        data=st.data(), reason=st.sampled_from(["device_timeout", "edge_busy", "edge_error"]), retriable=st.booleans()
+    )
     def a_tier_fails(self, data: st.DataObject, reason: str, retriable: bool) -> None:
         self.settle(data, Failure(reason, retriable))
 

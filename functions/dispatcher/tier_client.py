@@ -37,6 +37,8 @@ _UNREACHED = frozenset({502, 503, 504})
 # A frame is given up after so many times what nearly all of the tier's last ones took, but not before that time.
 _PATIENCE = 3.0
 _LEAST_TIMEOUT_S = 0.1
+# With less time than this nothing is held against a tier that has not answered.
+_LEAST_PATIENCE_S = 0.05
 
 
 class TierFailedError(Exception):
@@ -217,14 +219,18 @@ class TierClient:
         return TierFailedError(self._unreached, retriable=True)
 
     def _judge(self, ask: Ask, error: Exception, failure: TierFailedError, leash: Leash, waited_s: float) -> None:
-        """Tell the breaker. A tier that is full is well; one that had too little time may be."""
+        """Tell the breaker. A tier that is full is well; one that was cut off sooner than usual may be.
+
+        A tier answers within the time it is granted, so that one of which nothing is known is to blame at the deadline.
+        """
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             self._breaker.refused()
             return
         usual_s = self.takes_s(ask.skill, 0.99)
         is_long = usual_s is not None and waited_s > usual_s
         self._note(ask.skill, waited_s, known=is_long)
-        if (leash.is_cut or failure.reason == "deadline") and not is_long:
+        is_silent = usual_s is None and not leash.is_cut and waited_s >= _LEAST_PATIENCE_S
+        if (leash.is_cut or failure.reason == "deadline") and not (is_long or is_silent):
             return
         if failure.reason != f"{self.name}_busy":
             self._breaker.failed()
