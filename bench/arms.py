@@ -41,13 +41,14 @@ class Arm:
         return Variant("dispatcher", self.environment)
 
 
+_PLAIN = {"POLICY_EDGE_EARLY": "false", "POLICY_EDGE_HEDGE": "0"}
 ARMS = (
-    Arm("device", "device only", model="device", environment={}, hurried=False),
-    Arm("edge", "edge only", model="edge", environment={}, hurried=False),
-    Arm(SEQUENTIAL, "sequential escalation", environment={}, hurried=False),
-    Arm("early", "early decision"),
+    Arm("device", "device only", model="device", environment=_PLAIN, hurried=False),
+    Arm("edge", "edge only", model="edge", environment=_PLAIN, hurried=False),
+    Arm(SEQUENTIAL, "sequential escalation", environment=_PLAIN, hurried=False),
+    Arm("early", "early decision", environment={**_PLAIN, "POLICY_EDGE_EARLY": "true"}),
     Arm("draft", "draft/verify"),
-    Arm("hedged", "hedged"),
+    Arm("hedged", "hedged", environment={**_PLAIN, "POLICY_EDGE_HEDGE": "0.2"}),
 )
 TITLES = {**{arm.name: arm.title for arm in ARMS}, "random": "random router", "oracle": "oracle"}
 
