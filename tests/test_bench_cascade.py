@@ -158,7 +158,9 @@ def test_the_frontier_has_a_point_for_each_deadline_and_a_picture(compared, tmp_
 
 def test_the_verdict_names_rows_in_time_and_as_good(compared):
     figures = rows(compared)
-    assert verdict(figures, p99_ms=1e6, points=0.5)["rows"] == ["sequential@5000"]
+    named = verdict(figures, p99_ms=1e6, points=0.5)["rows"]
+    assert "sequential@5000" in named
+    assert not any(name.endswith("@1") for name in named), "nobody answers in a millisecond"
     assert verdict(figures, p99_ms=0.0, points=100)["passed"] is False
 
 
