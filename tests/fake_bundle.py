@@ -11,6 +11,7 @@ from bench.queries import Query
 from deploy.local.bundle import Bundle, Settings, site
 from deploy.local.plan import IN_CLUSTER_GATEWAY
 from deploy.stack import Function, Stack
+from functions.dispatcher.policy_file import PolicySource
 from tests.fakes import FakeTier, card, dispatcher_app, free_port, served, tier_app
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def start_here(variants: Mapping[str, Variant]) -> Iterator[Running]:
             if variant.of == "dispatcher":
                 nobody = f"http://127.0.0.1:{free_port()}"
                 peers = [variant.environment.get(f"{t.upper()}_URL") or urls.get(t, nobody) for t in ("device", "edge")]
-                app = dispatcher_app(*peers)
+                app = dispatcher_app(*peers, policy=PolicySource.read(variant.environment))
             else:
                 app = tier_app(FakeTier(card(variant.of)), max_inflight=64)
             urls[name] = opened.enter_context(served(app))
