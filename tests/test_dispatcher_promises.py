@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from flask.testing import FlaskClient
 
+from functions.dispatcher.leash import LeashedTransport
 from functions.dispatcher.policy_file import PolicySource
 from functions.dispatcher.power import PowerConfig
+from functions.dispatcher.tier_client import Target, TierClient, TierFailedError, Traffic
+from functions.serving.ask import Ask, Message, Shape
 from tests.fakes import (
     CALIBRATION,
     FakeTier,
@@ -137,19 +139,6 @@ def trickling(connection: socket.socket, peer: Peer) -> None:
 
 
 FAULTS = [silent, resetting, garbage, nonsense, failing, full, trickling]
-
-
-@pytest.fixture(autouse=True)
-def swept() -> Iterator[None]:
-    """Let calls that were cut end here: an app that is gone closes its pool under them, and their sockets lie about."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()  # the app, whose threads end then
-        for thread in threading.enumerate():
-            if thread.name.startswith("call"):
-                thread.join(3)
-        gc.collect()
 
 
 @pytest.fixture
@@ -440,3 +429,14 @@ def test_the_devices_pieces_are_shown_as_they_come(start: ExitStack) -> None:
     assert b"intent" in next(pieces)
     seen.set()
     assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+
+
+def test_a_question_for_which_no_time_is_left_fails_in_time_and_leaves_no_connection(start: ExitStack) -> None:
+    url, peer = start.enter_context(listening(silent))
+    http = start.enter_context(httpx.Client(transport=LeashedTransport(httpx.Limits()), trust_env=False))
+    client = TierClient(Target("device", url, 5.0), http)
+    ask = Ask(Shape.CHAT, "device", "assistant", messages=(Message("user", "hello"),))
+    with pytest.raises(TierFailedError) as failure:
+        client.ask(ask, -0.01, Traffic())
+    assert failure.value.reason == "deadline"
+    assert peer.connections == 0

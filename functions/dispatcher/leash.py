@@ -96,7 +96,9 @@ class _Backend(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         """Connect; the name is looked up by the system, which keeps to no time."""
-        return _Stream(self._plain.connect_tcp(host, port, timeout, local_address, socket_options))
+        leash: Leash | None = getattr(_held, "leash", None)
+        left_s = leash.left_s(timeout) if leash else timeout  # a socket refuses a time below 0, and would be left open
+        return _Stream(self._plain.connect_tcp(host, port, left_s, local_address, socket_options))
 
 
 class _Stream(httpcore.NetworkStream):
