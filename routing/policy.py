@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from routing.latency import LatencyLimits
 from routing.power import PowerLimits
 
 _MAX_MS = 3_600_000.0
+BACK_BELOW = 0.8
+"""Share of the latency ceiling under which answers must come before models are asked by all again."""
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
@@ -54,7 +57,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Latency:
-    """`canned_above_ms`: while a tier's answers take longer, rules or canned messages answer; None: never."""
+    """`canned_above_ms`: while answers of models take longer, rules or canned messages answer; None: never."""
 
     __pydantic_config__ = _CHECKED
 
@@ -64,6 +67,13 @@ class Latency:
         """Refuse a ceiling that no answer could stay under."""
         if self.canned_above_ms is not None:
             _within("canned_above_ms", self.canned_above_ms, 1, _MAX_MS)
+
+    @property
+    def limits(self) -> LatencyLimits | None:
+        """What the latency gate goes by; None where there is no ceiling."""
+        if self.canned_above_ms is None:
+            return None
+        return LatencyLimits(self.canned_above_ms, BACK_BELOW * self.canned_above_ms)
 
 
 @dataclass(frozen=True)

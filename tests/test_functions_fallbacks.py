@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 
 from functions.dispatcher.canned import ELSE, REASONS, Messages, read_messages, text_for
-from functions.dispatcher.fallbacks import CannedMessages, FirstOf, RulePlanner, events_of
+from functions.dispatcher.fallbacks import CannedMessages, FirstOf, RulePlanner, events_of, report_of
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
 from functions.dispatcher.rules import read_rules
 from functions.serving.answering import add_routes
@@ -118,13 +118,14 @@ def test_the_first_that_has_an_answer_gives_it() -> None:
 @pytest.mark.parametrize("json_form", [None, JsonForm()])
 def test_a_text_refuses_whoever_asked_for_json_and_a_frame_does_not(json_form: JsonForm | None) -> None:
     asked = ask("land", json=json_form)
-    start, piece, end = events_of(asked, "no", "battery", "node-1")
+    start, piece, end = events_of(asked, "no", report_of("no", "battery", "node-1"))
     assert isinstance(start, Start)
     assert isinstance(piece, Piece)
     assert isinstance(end, End)
     assert (start.model, piece.text, piece.refuses) == ("canned", "no", json_form is not None)
     assert (end.report.source, end.report.reason, end.report.degraded) == ("canned", "battery", True)
-    _, piece, end = events_of(asked, {"intent": "land", "slots": {}}, "battery", "node-1")
+    land = {"intent": "land", "slots": {}}
+    _, piece, end = events_of(asked, land, report_of(land, "battery", "node-1"))
     assert isinstance(piece, Piece)
     assert isinstance(end, End)
     assert json.loads(piece.text) == end.report.frame == {"intent": "land", "slots": {}}

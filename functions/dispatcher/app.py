@@ -16,6 +16,7 @@ from functions.dispatcher import power
 from functions.dispatcher.config import DispatcherConfig
 from functions.dispatcher.dispatch import Dispatcher
 from functions.dispatcher.fallbacks import open_fallback
+from functions.dispatcher.latency import LatencyGuard, LatencyWatch
 from functions.dispatcher.leash import LeashedTransport
 from functions.dispatcher.policy_file import PolicyWatch
 from functions.dispatcher.tier_client import Target, TierClient
@@ -43,6 +44,7 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     http = _http(inflight)
     # Each request may ask both tiers at once, while what lost another race is still being cut off.
     executor = ThreadPoolExecutor(3 * inflight, thread_name_prefix="call")
+    fallback = open_fallback(config.rules_file, config.messages_file)
     dispatcher = Dispatcher(
         policy=policy.policy,
         device=TierClient(Target("device", config.device_url, config.common.deadline_s), http),
@@ -50,14 +52,18 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
         node_id=config.common.node_id,
         executor=executor,
         power=watch.power,
-        fallback=open_fallback(config.rules_file, config.messages_file),
+        fallback=fallback,
     )
     site.metrics.add(power.series(watch.power))
     site.metrics.add(lambda labels: _series(labels, policy, dispatcher))
     watch.listen(dispatcher.wake)
     watch.start()
     app = create_base(site, site.drain)
-    add_routes(app, site, dispatcher)
+    ceiling = policy.policy().latency.limits
+    watched = (
+        LatencyGuard(dispatcher, LatencyWatch(ceiling), fallback, config.common.node_id) if ceiling else dispatcher
+    )
+    add_routes(app, site, watched)
     weakref.finalize(app, _close, http, executor, watch)
     return app
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from functions.dispatcher.budget import Budget
 from functions.dispatcher.call import Call, Happening, Inbox
-from functions.dispatcher.canned import MODEL
-from functions.dispatcher.fallbacks import RULES, Fallback, open_fallback
+from functions.dispatcher.fallbacks import Fallback, events_of, open_fallback, piece_of, report_of
 from functions.dispatcher.ledger import Ledger
 from functions.dispatcher.tier_client import TierClient, TierFailedError
 from functions.dispatcher.wire import TierReply
@@ -327,7 +324,7 @@ class _Run:
                 stopped = "deadline"
         call.cut()
         if not pieces:
-            yield self._said(self._dispatcher.fallback.answer(self._ask, stopped))
+            yield piece_of(self._ask, self._dispatcher.fallback.answer(self._ask, stopped))
         broken = begun.model_copy(update={"degraded": True, "reason": stopped})
         yield End("length", Usage.of(0, pieces), self._report(step, broken))
 
@@ -340,20 +337,8 @@ class _Run:
 
     def _fallen_back(self, step: Step) -> Iterator[Event]:
         answer = self._dispatcher.fallback.answer(self._ask, step.reason)
-        frame = None if answer is None or isinstance(answer, str) else dict(answer)
-        source = MODEL if frame is None else RULES
-        node_id = self._dispatcher.node_id
-        said = Report(source=source, route=step.route, reason=step.reason, frame=frame, node_id=node_id)
-        report = self._report(step, said)
-        yield Start(source, report)
-        yield self._said(answer)
-        yield End("stop", Usage(), report)
-
-    def _said(self, answer: Any) -> Piece:
-        """A fallback's answer; a text where JSON was asked for is a refusal, so that nobody parses it."""
-        if answer is None or isinstance(answer, str):
-            return Piece(answer or "", refuses=self._ask.json is not None)
-        return Piece(json.dumps(answer, ensure_ascii=False))
+        said = report_of(answer, step.reason, self._dispatcher.node_id)
+        return events_of(self._ask, answer, self._report(step, said))
 
     def _report(self, step: Step, said: Report) -> Report:
         """What the tier said of itself, with the dispatcher's route, reason and costs."""

@@ -90,12 +90,22 @@ def open_fallback(rules_file: Path | None = None, messages_file: Path | None = N
     return FirstOf([RulePlanner(read_rules(rules_file)), canned]) if rules_file else canned
 
 
-def events_of(ask: Ask, answer: str | Mapping[str, Any], reason: str, node_id: str) -> Iterator[Event]:
-    """A fallback's answer as a service gives it, flagged; a text is a refusal to who asked for JSON."""
-    frame = None if isinstance(answer, str) else dict(answer)
+def report_of(answer: Answered, reason: str, node_id: str) -> Report:
+    """What is reported of a fallback's answer."""
+    frame = dict(answer) if isinstance(answer, Mapping) else None
     source = MODEL if frame is None else RULES
-    report = Report(source=source, route="fallback", reason=reason, degraded=True, frame=frame, node_id=node_id)
-    text = answer if isinstance(answer, str) else json.dumps(frame, ensure_ascii=False)
-    yield Start(source, report)
-    yield Piece(text, refuses=frame is None and ask.json is not None)
+    return Report(source=source, route="fallback", reason=reason, degraded=True, frame=frame, node_id=node_id)
+
+
+def piece_of(ask: Ask, answer: Answered) -> Piece:
+    """A fallback's answer as text; what is no frame is a refusal to who asked for JSON, so that nobody parses it."""
+    if isinstance(answer, Mapping):
+        return Piece(json.dumps(answer, ensure_ascii=False))
+    return Piece(answer or "", refuses=ask.json is not None)
+
+
+def events_of(ask: Ask, answer: Answered, report: Report) -> Iterator[Event]:
+    """A fallback's answer as a service gives it."""
+    yield Start(report.source, report)
+    yield piece_of(ask, answer)
     yield End("stop", Usage(), report)

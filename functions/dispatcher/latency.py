@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
 
-from functions.dispatcher.fallbacks import Fallback, events_of
+from functions.dispatcher.fallbacks import Fallback, events_of, report_of
 from functions.serving.answering import Service
 from functions.serving.ask import Ask, Clocked
 from functions.serving.errors import ClientLeftError, RefusedError
@@ -74,7 +74,7 @@ class LatencyGuard:
         if not self.watch.admits():
             answer = self.fallback.answer(ask, REASON)
             if answer is not None:
-                return events_of(ask, answer, REASON, self.node_id)
+                return events_of(ask, answer, report_of(answer, REASON, self.node_id))
         return self._watched(ask, clocked)
 
     def _watched(self, ask: Ask, clocked: Clocked) -> Iterator[Event]:

@@ -25,6 +25,7 @@ from functions.serving.events import CONFIDENCE_HEADER, THRESHOLD_HEADER, End, E
 from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.recent import Recent
 from functions.serving.render import EVENT_STREAM
+from functions.serving.traffic import request_bytes, response_bytes
 
 _REPLY_BYTES = 16 << 20
 _CONNECT_S = 1.0
@@ -183,7 +184,7 @@ class TierClient:
         leash = leash or Leash(began)
         leash.expires = began + limit_s
         request = self._request(ask, limit_s, stream=stream)
-        traffic.sent += _request_bytes(request)
+        traffic.sent += request_bytes(request)
         try:
             with leash.hold(), self._sent(request, traffic) as response:
                 yield response
@@ -203,7 +204,7 @@ class TierClient:
             self._check(response)
             yield response
         finally:
-            traffic.received += _response_bytes(response)
+            traffic.received += response_bytes(response)
             response.close()
 
     def _failure(self, error: Exception, *, out_of_time: bool) -> TierFailedError:
@@ -296,17 +297,3 @@ def _foretold(response: httpx.Response) -> dict[str, float]:
             if 0 <= value <= 1:
                 told[name] = value
     return told
-
-
-def _request_bytes(request: httpx.Request) -> int:
-    line = len(request.method) + len(request.url.raw_path) + len("  HTTP/1.1\r\n")
-    return line + _header_bytes(request.headers) + len(request.content)
-
-
-def _response_bytes(response: httpx.Response) -> int:
-    line = len(f"{response.http_version} {response.status_code} {response.reason_phrase}\r\n")
-    return line + _header_bytes(response.headers) + response.num_bytes_downloaded
-
-
-def _header_bytes(headers: httpx.Headers) -> int:
-    return sum(len(name) + len(value) + 4 for name, value in headers.raw) + 2

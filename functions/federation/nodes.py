@@ -19,6 +19,7 @@ from functions.serving.errors import RefusedError
 from functions.serving.events import NetworkBytes, Report, Usage
 from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.replies import ModelFacts
+from functions.serving.traffic import request_bytes, response_bytes
 from routing.votes import Ballot
 
 _REPLY_BYTES = 4 << 20
@@ -93,7 +94,7 @@ class HttpTier:
         if _GATEWAYS_OWN in response.headers:
             raise NodeFailedError("unreachable")
         _check(response.status_code, body)
-        network = NetworkBytes(sent=_request_bytes(request), received=_response_bytes(response))
+        network = NetworkBytes(sent=request_bytes(request), received=response_bytes(response))
         return read_reply(self.name, ask, body, network)
 
     async def describe(self) -> ModelFacts | None:
@@ -195,17 +196,3 @@ def _check(status: int, body: Any) -> None:
     if status in _REFUSALS and isinstance(error, Mapping) and isinstance(error.get("message"), str):
         raise RefusedError(status, error["message"], param=error.get("param"), code=error.get("code"))
     raise NodeFailedError("unreachable" if status in _REFUSALS else "error")
-
-
-def _request_bytes(request: httpx.Request) -> int:
-    line = len(request.method) + len(request.url.raw_path) + len("  HTTP/1.1\r\n")
-    return line + _header_bytes(request.headers) + len(request.content)
-
-
-def _response_bytes(response: httpx.Response) -> int:
-    line = len(f"{response.http_version} {response.status_code} {response.reason_phrase}\r\n")
-    return line + _header_bytes(response.headers) + response.num_bytes_downloaded
-
-
-def _header_bytes(headers: httpx.Headers) -> int:
-    return sum(len(name) + len(value) + 4 for name, value in headers.raw) + 2
