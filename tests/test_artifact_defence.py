@@ -12,7 +12,7 @@ from models.artifact.manifest import FileEntry, Manifest
 from models.artifact.names import MANIFEST, TOKENIZER, Span
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.errors import ArtifactError
-from models.runtime.engine import EngineOptions, Segment, _session
+from models.runtime.sessions import EngineOptions, Segment, _session
 from tests.test_artifact_store import fill
 
 WEIGHTS = "layer-000.safetensors"

@@ -16,8 +16,9 @@ from models.build.gguf_source import GgufSource
 from models.build.gptq import LONGEST, Rounding, calibration_ids, gptq, weighted_errors
 from models.build.pack import PackedModel, pack
 from models.build.quantise import SCHEMES, dequantise, symmetric
-from models.runtime.engine import Decoder, Embeddings, EngineOptions
+from models.runtime.engine import Decoder, Embeddings
 from models.runtime.local import LocalTier
+from models.runtime.sessions import EngineOptions
 from models.runtime.tier import Completion, Limits
 from tests.tiny_models import SHAPE, NumpyLlama, quiet, write_gguf
 

@@ -14,7 +14,8 @@ import pytest
 from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.errors import AbandonedError
-from models.runtime.engine import CHUNK, Decoder, Embeddings, EngineOptions, TokenSequence
+from models.runtime.engine import CHUNK, Decoder, Embeddings, TokenSequence
+from models.runtime.sessions import EngineOptions
 from models.runtime.turns import Turns
 from tests.tiny_models import NARROW_HEADS, SHAPE, quiet, write_gguf
 

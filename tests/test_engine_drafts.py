@@ -18,8 +18,9 @@ from models.build.assemble import build
 from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.errors import AbandonedError, PromptTooLongError
-from models.runtime.engine import CHUNK, Decoder, Embeddings, EngineOptions, Segment
+from models.runtime.engine import CHUNK, Decoder, Embeddings
 from models.runtime.local import LocalTier
+from models.runtime.sessions import EngineOptions, Segment
 from models.runtime.tier import Chat, Completion, DraftUse, JsonForm, Limits, Token, Tool, ToolUse
 from tests.tiny_models import NARROW_HEADS, SHAPE, quiet, write_gguf
 

@@ -14,7 +14,8 @@ from models.build.adapter import Adapter
 from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.errors import PromptTooLongError
-from models.runtime.engine import CHUNK, Decoder, Embeddings, EngineOptions
+from models.runtime.engine import CHUNK, Decoder, Embeddings
+from models.runtime.sessions import EngineOptions
 from tests.tiny_models import NARROW_HEADS, SHAPE, NumpyLlama, quiet, random_head, write_adapter, write_gguf
 
 IDS = [5, 77, 140, 9, 260, 33, 34, 35, 8, 8, 120, 61]

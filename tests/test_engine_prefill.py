@@ -18,9 +18,10 @@ from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.build.quantise import by_columns
 from models.runtime import local
-from models.runtime.engine import LONG, Decoder, Embeddings, EngineOptions, load
+from models.runtime.engine import LONG, Decoder, Embeddings
 from models.runtime.local import LocalTier
 from models.runtime.providers import int8_products_are_exact
+from models.runtime.sessions import EngineOptions, load
 from models.runtime.tier import Completion, Limits, SkillQuery
 from tests.tiny_models import SHAPE, NumpyLlama, quiet, random_head, write_adapter, write_gguf
 

@@ -11,8 +11,9 @@ import pytest
 
 from models.build.gguf_source import GgufSource
 from models.build.pack import pack
-from models.runtime.engine import Decoder, Embeddings, EngineOptions
+from models.runtime.engine import Decoder, Embeddings
 from models.runtime.providers import PROVIDERS, usable
+from models.runtime.sessions import EngineOptions
 from models.runtime.slowed import SlowedSession
 from tests.tiny_models import quiet, write_gguf
 

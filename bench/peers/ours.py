@@ -12,8 +12,9 @@ from models.artifact.names import HEAD, PLAIN
 from models.artifact.store import Artifact
 from models.build.assemble import build
 from models.build.gguf_source import GgufSource
-from models.runtime.engine import Decoder, Embeddings, EngineOptions, segments
-from models.runtime.engine import load as open_segments
+from models.runtime.engine import Decoder, Embeddings
+from models.runtime.sessions import EngineOptions, segments
+from models.runtime.sessions import load as open_segments
 
 TWICE = "+prefill"
 """Ends the name of a setting that stores weights a second time, for passes over many tokens."""

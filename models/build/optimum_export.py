@@ -31,8 +31,8 @@ from models.build.progress import Report
 from models.build.reference import Expected
 from models.build.source import Floats
 from models.errors import SourceError
-from models.runtime.engine import EngineOptions
 from models.runtime.exported import ExportedDecoder
+from models.runtime.sessions import EngineOptions
 
 USUAL_ROPE_THETA = 10000.0
 

@@ -28,7 +28,7 @@ from models.build.quantise import (
 )
 from models.build.source import Floats, TensorSource
 from models.errors import SourceError
-from models.runtime.engine import Segment
+from models.runtime.sessions import Segment
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("attn_q", "attn_k", "attn_v"),

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from models.artifact.names import EMBEDDINGS, HEAD, PLAIN, graph_file, layer_file
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
-from models.runtime.engine import EngineOptions, Floats, check_room, chunks, open_session
+from models.runtime.engine import Floats, check_room, chunks
 from models.runtime.providers import short_name
+from models.runtime.sessions import EngineOptions, open_session
 
 Array = NDArray[Any]
 

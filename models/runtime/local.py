@@ -21,20 +21,11 @@ from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Vocabulary, decode
 from models.runtime.drafts import AnswerDraft, PromptLookup, ReadAhead
-from models.runtime.engine import (
-    Decoder,
-    Embeddings,
-    EngineOptions,
-    Floats,
-    Loaded,
-    TextEngine,
-    TokenSequence,
-    load,
-    segments,
-)
+from models.runtime.engine import Decoder, Embeddings, Floats, TextEngine, TokenSequence
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
 from models.runtime.providers import CPU, int8_products_are_exact
+from models.runtime.sessions import EngineOptions, Loaded, load, segments
 from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags

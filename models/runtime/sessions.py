@@ -1,0 +1,147 @@
+"""Open a tier's graphs on onnxruntime: what to read of an artifact, and a session for each segment of its layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from models.artifact.names import (
+    FRAMES,
+    HEAD,
+    PLAIN,
+    Span,
+    adapter_file,
+    graph_file,
+    layer_file,
+    of_small_passes,
+    prefill_file,
+    spans,
+)
+from models.artifact.store import Artifact
+from models.errors import ArtifactError
+from models.runtime.providers import CPU, usable
+from models.runtime.slowed import SlowedSession
+
+Array = NDArray[Any]
+SPIN_US = 1000
+"""How long idle threads wait busily: longer than the pause between two steps, and no burden on who comes next."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
+
+    `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
+    `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
+    for benches that stand for slower machines.
+
+    onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
+    alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
+    more, passes are not shared, and prompts take no segments for many tokens.
+    """
+
+    threads: int = 2
+    spin: bool = True
+    context: int = 2048
+    sequences: int = 4
+    prefix_cache_bytes: int = 0
+    providers: Sequence[str] = (CPU,)
+    exact_drafts: bool = False
+    slowdown: float = 1.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One graph with its weights; the weights are let go of once the session has packed them.
+
+    `given` are weights that go in with each pass.
+    """
+
+    span: Span
+    graph: bytes
+    weights: Mapping[str, Array]
+    given: Mapping[str, Array] = field(default_factory=dict)
+
+    @classmethod
+    def for_many_tokens(cls, span: Span, graph: bytes, weights: Mapping[str, Array]) -> Segment:
+        """Of all that a span has, what a pass over many tokens needs: it has no head, and is given the adapter."""
+        given = {name: value for name, value in weights.items() if name.startswith("adapter.")}
+        kept = {name: v for name, v in weights.items() if not of_small_passes(name) and name not in given}
+        return cls(replace(span, head=False), graph, kept, given)
+
+
+def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
+    """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens."""
+    m = artifact.manifest
+    for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
+        adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
+        weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
+        if prefill:
+            weights |= artifact.tensors(*map(prefill_file, span.layers))
+        if span.stop == m.architecture.n_layers:
+            top = artifact.tensors(HEAD)
+            weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
+        make = Segment.for_many_tokens if prefill else Segment
+        yield make(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A segment's session, and the weights that go in with each pass."""
+
+    span: Span
+    session: ort.InferenceSession
+    given: Mapping[str, Array]
+
+    def takes(self, name: str) -> bool:
+        """Whether the graph has an input of that name."""
+        return any(wanted.name == name for wanted in self.session.get_inputs())
+
+    def without_adapter(self) -> Loaded:
+        """The same session with an adapter that adds nothing."""
+        sizes = [value.size for value in self.given.values()]
+        nothing = np.zeros(max(sizes, default=0), np.float32)
+        zeros = {name: nothing[: value.size].reshape(value.shape) for name, value in self.given.items()}
+        return replace(self, given=zeros)
+
+
+def load(parts: Iterable[Segment], options: EngineOptions, *, rests: bool = False) -> list[Loaded]:
+    """Open the sessions of segments; decoders may share them. `rests` is explained in `open_session`."""
+    return [Loaded(part.span, _session(part, options, rests=rests), part.given) for part in parts]
+
+
+def open_session(
+    graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str, *, rests: bool = False
+) -> ort.InferenceSession:
+    """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused.
+
+    One that `rests` has threads that never wait busily between passes, where they would be in another session's way.
+    """
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests else "0")
+    # Weights come from memory alone: a graph that names a file of weights is refused.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+    try:
+        settings.add_external_initializers(list(weights), values)
+        session = ort.InferenceSession(
+            graph, settings, providers=usable(options.providers, ort.get_available_providers())
+        )
+    except Exception as error:  # onnxruntime's own errors share no narrower base
+        raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
+    return session if options.slowdown == 1 else SlowedSession(session, options.slowdown)
+
+
+def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:
+    what = f"layers {part.span.first} to {part.span.stop - 1}"
+    return open_session(part.graph, part.weights, options, what, rests=rests)
