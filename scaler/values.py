@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """What a tier has to hold: `percentile` (0 to 1) of its requests within `slo_s`, by `minimum` to `maximum` replicas.
+    """What a tier holds: `percentile` (0 to 1) of its requests within `slo_s`, by `minimum` to `maximum` replicas.
 
     `cold_start_s` is how long a new replica takes until it serves; `slots` the requests one replica serves at once.
     """
