@@ -22,6 +22,7 @@ from bench.errors import BenchError
 from deploy.errors import DeployError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
+from scaler.errors import ScalerError
 
 if TYPE_CHECKING:
     from bench.bundle import Running, Variant
@@ -60,7 +61,7 @@ def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
         app(obj=Rooms(_smollm2, _home, _variants, _shared))
-    except (BenchError, ConfigError, DeployError, ModelError) as error:
+    except (BenchError, ConfigError, DeployError, ModelError, ScalerError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -85,6 +86,20 @@ def up(
     stack = _stack(tuple(only or ()))
     _ensure_edge(stack)
     serve(stack, _settings(port))
+
+
+@app.command()
+def scaler() -> None:
+    """Answer KEDA over gRPC with the replicas that hold the latency target; until SIGTERM, then drain.
+
+    Settings come from the environment: SCALER_PORT (6000), SCALER_METRICS_PORT (6001), … docs/scaling.md has them all.
+
+    Example: SCALER_REPLICAS=replicas.json edgecascade scaler
+    """
+    from scaler.server import serve
+    from scaler.settings import Settings
+
+    serve(Settings.from_environment(os.environ))
 
 
 @app.command()

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from scaler.errors import SourceError
 from scaler import fetch
+from scaler.errors import SourceError
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Replicas(Protocol):
 
 @dataclass(frozen=True)
 class ListedReplicas:
-    """A JSON document, by path or http address, written by whoever starts the replicas:
+    """A JSON document, by path or http address, written by whoever starts the replicas.
 
-    `{"edge": {"replicas": [{"address": "http://127.0.0.1:4001", "state": "ready"}], "power_ceiling": 3}}`
-
+    It looks like `{"edge": {"replicas": [{"address": "http://127.0.0.1:4001", "state": "ready"}]}}`, where beside
+    `replicas` there may be a `power_ceiling`.
     States are `starting`, `ready` and `draining`; one that drains counts no more. A function that is not named is
     an error, an empty list of replicas is none. Namespaces are not told apart.
-    """  # noqa: D400, D415 - the form stands in the middle
+    """
 
     place: str
     client: httpx.Client

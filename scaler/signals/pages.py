@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from scaler import fetch
 from scaler.errors import SourceError
 from scaler.replicas import Replica
-from scaler import fetch
 from scaler.signals.series import Sample, Series, Window
 from scaler.signals.source import FUNCTION, GATEWAY, gateway_name
 from scaler.trigger import REPLICAS, Trigger
@@ -48,7 +48,8 @@ class PageSource:
         if failures and len(failures) == len(own):
             raise failures[0]
         self._forget(now_s - self._trigger.window_s)
-        return Window([Series(name, dict(labels), tuple(kept)) for (_, name, labels), kept in self._kept.items()])
+        series = [Series(name, dict(labels), tuple(kept)) for (_, name, labels), kept in self._kept.items()]
+        return Window(series, missed=0.0)
 
     def _try(self, page: str, now_s: float) -> SourceError | None:
         try:
@@ -80,7 +81,9 @@ def _parsed(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if (sample.name in FUNCTION or sample.name in GATEWAY) and math.isfinite(sample.value):
-                    yield sample.name, dict(sample.labels), float(sample.value)
+                # The parser puts `_total` to the gateway's counter that has none.
+                name = family.name if family.name in GATEWAY else sample.name
+                if (name in FUNCTION or name in GATEWAY) and math.isfinite(sample.value):
+                    yield name, dict(sample.labels), float(sample.value)
     except (ValueError, IndexError, KeyError) as error:
         raise SourceError("a page of metrics is not in Prometheus' text format; is that its address?") from error

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
+from scaler import fetch
 from scaler.errors import SourceError
 from scaler.replicas import Replica
-from scaler import fetch
 from scaler.signals.series import Series, Window
 from scaler.signals.source import FUNCTION, GATEWAY, gateway_name
 from scaler.trigger import Trigger

@@ -7,7 +7,7 @@ on one monotonic clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,9 +71,13 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Window:
-    """All series of one look."""
+    """All series of one look. One that was not seen for more than `missed` of its intervals is over.
+
+    Prometheus looks at each target at another time, so that up to one interval tells nothing.
+    """
 
     series: Sequence[Series]
+    missed: float = 1.5
 
     @property
     def newest_s(self) -> float | None:
@@ -86,11 +90,11 @@ class Window:
         first_s = min((s.samples[0][0] for s in self.series), default=0.0)
         return (self.newest_s or first_s) - first_s
 
-    def named(self, name: str, **labels: Iterable[str]) -> list[Series]:
+    def named(self, name: str, **labels: Collection[str | None]) -> list[Series]:
         """Those of a name, with each given label one of the values."""
         return [s for s in self.series if s.name == name and all(s.labels.get(k) in v for k, v in labels.items())]
 
-    def increase(self, name: str, **labels: Iterable[str]) -> float:
+    def increase(self, name: str, **labels: Collection[str | None]) -> float:
         """How far a counter rose, over all its series."""
         return sum(s.increase() for s in self.named(name, **labels))
 
@@ -133,11 +137,10 @@ class Window:
         if len(series.samples) == 1:
             return True
         interval_s = (series.last_s - series.samples[0][0]) / (len(series.samples) - 1)
-        return (self.newest_s or 0.0) - series.last_s <= _MISSED * interval_s
+        return (self.newest_s or 0.0) - series.last_s <= self.missed * interval_s
 
 
 _LEAST_STEPS = 4
-_MISSED = 1.5
 
 
 def _risen(before: float, after: float) -> float:
