@@ -140,7 +140,7 @@ class Page:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    """Closes after each answer, so that a server that was stopped answers nobody."""
 
     def do_GET(self) -> None:
         status, body = self.server.answer(self.path)  # type: ignore[attr-defined]
@@ -177,6 +177,7 @@ class StandInPrometheus:
     def __init__(self) -> None:
         self.samples: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[float, float]]] = {}
         self.clock_s: float | None = None
+        self.kept = 8
 
     def now(self) -> float:
         return time.time() if self.clock_s is None else self.clock_s
@@ -188,6 +189,7 @@ class StandInPrometheus:
                 name = family.name if family.name.endswith("_started") else sample.name
                 key = name, tuple(sorted({**sample.labels, **labels}.items()))
                 self.samples.setdefault(key, []).append((self.now(), sample.value))
+                del self.samples[key][: -self.kept]
 
     def answer(self, path: str) -> tuple[int, str]:
         (query,) = parse_qs(urlsplit(path).query)["query"]
