@@ -32,11 +32,13 @@ class KubernetesReplicas:
                 resource_version="0",  # what the API server has in memory will do
                 _request_timeout=TIMEOUT_S,
             )
+            return Found([_replica(pod) for pod in pods.items if not _leaves(pod)])
         except client.ApiException as error:
             raise SourceError(f"Kubernetes does not list the pods of '{namespace}' ({error.status})") from error
         except (HTTPError, OSError) as error:
             raise SourceError(f"Kubernetes' API did not answer ({type(error).__name__})") from error
-        return Found([_replica(pod) for pod in pods.items if not _leaves(pod)])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SourceError("Kubernetes' API answered with something else than pods") from error
 
 
 def connect() -> KubernetesReplicas:
