@@ -76,16 +76,38 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+    functions: Annotated[
+        list[str] | None, typer.Argument(help="With --autoscale: those to scale; edge if none.")
+    ] = None,
+    autoscale: Annotated[bool, typer.Option("--autoscale", help="Run as many replicas as the scaler says.")] = False,
+    min_replicas: Annotated[int, typer.Option(min=0, help="0: none while nobody asks.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, max=100, help="At most so many replicas.")] = 5,
+    slo_seconds: Annotated[float, typer.Option(min=0.001, help="The latency to hold.")] = 2.0,
+    percentile: Annotated[float, typer.Option(min=0.01, max=99.99, help="For this share: 0.95, or 95.")] = 0.95,
+    cooldown: Annotated[float, typer.Option(min=0, help="Seconds without a request until there is none.")] = 60.0,
+    window: Annotated[float, typer.Option(min=0, help="Seconds that fewer must have been wanted.")] = 30.0,
+    record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
-    Example: edgecascade up --port 9000 --only dispatcher --only device
+    Examples: edgecascade up --port 9000 --only dispatcher --only device
+              edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
     """
-    from deploy.local.up import serve
+    from deploy.local.up import serve, serve_autoscaled
 
+    if functions and not autoscale:
+        _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
     stack = _stack(tuple(only or ()))
     _ensure_edge(stack)
-    serve(stack, _settings(port))
+    if not autoscale:
+        serve(stack, _settings(port))
+        return
+    from deploy.local.autoscale import Autoscale, Timing
+
+    timing = Timing(cooldown_s=cooldown, down_window_s=window)
+    wanted = tuple(functions or ("edge",))
+    options = Autoscale(wanted, slo_seconds, percentile, min_replicas, max_replicas, timing, record)
+    serve_autoscaled(stack, _settings(port), options)
 
 
 @app.command()

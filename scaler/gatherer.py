@@ -163,7 +163,8 @@ class Gatherer:
             raise SourceError(f"there is no answer for '{trigger.function}': {watched.fault}")
         age_s = now_s - watched.answer.at_s
         if age_s > trigger.stale_s:
-            raise SourceError(f"the last answer for '{trigger.function}' is {age_s:.0f} s old: {watched.fault or 'looks take too long'}")
+            why = watched.fault or "looks take too long"
+            raise SourceError(f"the last answer for '{trigger.function}' is {age_s:.0f} s old: {why}")
         return watched.answer
 
     def _active(self, trigger: Trigger, otherwise: bool | None) -> bool | None:
