@@ -25,7 +25,7 @@ from models.errors import ModelError
 from scaler.errors import ScalerError
 
 if TYPE_CHECKING:
-    from bench.bundle import Running, Variant
+    from bench.bundle import Running, Scaling, Variant
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
@@ -60,7 +60,7 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home, _variants, _shared))
+        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled))
     except (BenchError, ConfigError, DeployError, ModelError, ScalerError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -76,9 +76,7 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
-    functions: Annotated[
-        list[str] | None, typer.Argument(help="With --autoscale: those to scale; edge if none.")
-    ] = None,
+    functions: Annotated[list[str] | None, typer.Argument(help="With --autoscale: which; edge by default.")] = None,
     autoscale: Annotated[bool, typer.Option("--autoscale", help="Run as many replicas as the scaler says.")] = False,
     min_replicas: Annotated[int, typer.Option(min=0, help="0: none while nobody asks.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, max=100, help="At most so many replicas.")] = 5,
@@ -523,6 +521,22 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
     with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
         urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
         yield Running(urls, {process.name: process.pid for process in bundle.processes})
+
+
+@contextmanager
+def _autoscaled(variants: Mapping[str, Variant], scaling: Scaling) -> Iterator[str]:
+    """The named variants behind a gateway, one of them under the autoscaler, for the while."""
+    from deploy.local.autoscale import Autoscale, autoscaled
+
+    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
+    _ensure_edge(stack)
+    options = Autoscale(
+        (scaling.function,), scaling.slo_s, scaling.percentile, scaling.minimum, scaling.maximum, record=scaling.record
+    )
+    with autoscaled(stack, _settings(0), options, lambda _name, _line: None) as (bundle, running):
+        yield bundle.url
+    if running.failure is not None:
+        raise running.failure
 
 
 @contextmanager

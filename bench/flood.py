@@ -45,13 +45,13 @@ class Answer:
         return self.body.get("edgecascade") or {}
 
 
-def request(query: Query, model: str, deadline_ms: float | None = None) -> bytes:
-    """One query as HTTP."""
+def request(query: Query, model: str, deadline_ms: float | None = None, prefix: str = "") -> bytes:
+    """One query as HTTP; `prefix` stands before the path."""
     message = {"role": "user", "content": query.text}
     body = json.dumps({"model": model, "skill": query.skill, "messages": [message]}).encode()
     deadline = b"" if deadline_ms is None else b"X-Deadline-Ms: %g\r\n" % deadline_ms
     head = b"POST %s HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n"
-    return head % (_PATH.encode(), len(body), deadline) + body
+    return head % ((prefix + _PATH).encode(), len(body), deadline) + body
 
 
 class Flood:

@@ -154,7 +154,7 @@ class Autoscaler:
         """What the HPA does; it sleeps at zero replicas, and without a value."""
         if one.replicas.wanted == 0 or one.value is None or one.fault:
             return
-        desired = one.hpa.desired(now_s, one.replicas.current, one.value)
+        desired = one.hpa.desired(now_s, one.replicas.wanted, one.value)
         if desired != one.replicas.wanted:
             self._scale(one, desired, f"the scaler asks for {one.value:g}")
 
@@ -313,6 +313,7 @@ def autoscaled(
         try:
             yield bundle, running
         finally:
+            bundle.stop()  # the gateway first, so that what runs finishes
             running.stop()
 
 

@@ -48,11 +48,14 @@ class Hpa:
     def _stable(self, now_s: float, current: int, recommended: int) -> int:
         """Up no further than every recommendation of the one window, down no further than any of the other."""
         b = self.behaviour
+        if not self._recommended:
+            self._recommended.append((now_s, current))  # so that a new controller takes nothing away at once
+        past = [(now_s - at_s, replicas) for at_s, replicas in self._recommended]
+        least_up = min([recommended, *(r for age_s, r in past if age_s < b.up_window_s)])
+        most_down = max([recommended, *(r for age_s, r in past if age_s < b.down_window_s)])
         self._recommended.append((now_s, recommended))
-        while self._recommended[0][0] < now_s - max(b.up_window_s, b.down_window_s):
+        while now_s - self._recommended[0][0] >= max(b.up_window_s, b.down_window_s, b.period_s):
             self._recommended.popleft()
-        least_up = min(r for at_s, r in self._recommended if at_s >= now_s - b.up_window_s)
-        most_down = max(r for at_s, r in self._recommended if at_s >= now_s - b.down_window_s)
         return min(max(current, least_up), most_down)
 
     def _most(self, now_s: float, current: int) -> int:

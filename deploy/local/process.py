@@ -72,7 +72,7 @@ class Process:
 
     def ask_to_stop(self) -> None:
         """SIGTERM: stop accepting, finish what runs, exit."""
-        with suppress(ProcessLookupError):
+        if self.exit_code is None:
             os.kill(self.pid, signal.SIGTERM)
 
     def wait(self, timeout_s: float) -> None:

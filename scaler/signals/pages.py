@@ -26,8 +26,8 @@ Key = tuple[str, str, tuple[tuple[str, str], ...]]
 class PageSource:
     """Reads a trigger's pages at each look, and remembers what it saw for as long as the window.
 
-    Some pages may fail: what is left counts, for a replica that just ended is no reason to know nothing. If all of
-    them fail, or a page that is not a replica's does, that is a `SourceError`.
+    Pages of replicas may fail: what is left counts, for a replica that just ended, or is too busy to say how busy it
+    is, is no reason to know nothing. If nothing is left, or a page that is not a replica's fails, that is an error.
     """
 
     def __init__(self, client: httpx.Client, trigger: Trigger) -> None:
@@ -45,7 +45,7 @@ class PageSource:
         for page in others:
             self._look(page, now_s)
         failures = [failure for page in own if (failure := self._try(page, now_s))]
-        if failures and len(failures) == len(own):
+        if failures and len(failures) == len(own) and not others:
             raise failures[0]
         self._forget(now_s - self._trigger.window_s)
         series = [Series(name, dict(labels), tuple(kept)) for (_, name, labels), kept in self._kept.items()]
