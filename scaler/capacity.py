@@ -1,7 +1,8 @@
-"""How many replicas hold the target: a queueing estimate, a forecast, and the caution of scaling down. Pure.
+"""How many replicas hold the target: a queueing estimate, a forecast, and what the last half hour would have needed.
 
-What is ordered now serves a cold start later. So the smallest number is sought with which the forecast load, and the
-queue that will be there by then, stay within the target until the next order can take effect. Time comes with the
+What is ordered now serves a cold start later. So three numbers are computed, and the greatest is wanted: the replicas
+that the forecast load needs (`scaler.queueing`), those that clear the queue which will be there when they serve, and
+the floor that bursts too quick for any order would have needed lately (`scaler.rehearsal`). Pure: time comes with the
 readings; a `Capacity` remembers what it has been shown, and nothing else.
 """
 
@@ -11,34 +12,38 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from scaler.forecast import Forecast, Rate, Smoothing
+from scaler.forecast import Forecast, Smoothing
 from scaler.queueing import Load, Service, share_late
+from scaler.rehearsal import Habit, Past, Terms, cheapest
 from scaler.values import Decision, Reading, Target
 
-_RATES = ((-1.2816, 0.2), (-0.5244, 0.2), (0.0, 0.2), (0.5244, 0.2), (1.2816, 0.2))
-"""Standard scores of five equally likely rates."""
-
-
-_SMOOTHING = Smoothing()
+_LEVELS_S = (8.0, 30.0, 120.0)
+_HOLDS_S = (15.0, 60.0, 180.0)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How quickly things are believed and forgotten; half lives and spans in seconds.
+    """How quickly things are believed and forgotten; spans and half lives in seconds.
 
-    `hold_s`: replicas wanted within it are kept. `least_slack`: where service alone misses the SLO, what more than its
-    own percentile is held instead. `correction` bounds the factor on the work that observed latency may ask for, and
-    `gain` is how far one look moves it.
+    `levels_s`: half lives of the rates that compete; `holds_s`: how long what was wanted may be kept. `memory_s` is
+    what is rehearsed, every `review_s`, once it spans `least_memory_s`; until then the middle of both is used.
+    `interval_s`: how often orders are taken. `clear_s`: in what time a queue is to be gone. `least_slack`: where
+    service alone misses the SLO, what more than its own percentile is held instead. `most_correction` bounds the factor
+    on the work that observed latency may ask for; `gain` is how far one look moves it.
     """
 
-    smoothing: Smoothing = _SMOOTHING
+    levels_s: tuple[float, ...] = _LEVELS_S
+    holds_s: tuple[float, ...] = _HOLDS_S
+    memory_s: float = 1800.0
+    review_s: float = 60.0
+    least_memory_s: float = 300.0
     service_s: float = 120.0
     variation_s: float = 600.0
-    hold_s: float = 60.0
-    least_slack: float = 1.1
-    correction: tuple[float, float] = (0.8, 2.0)
-    gain: float = 0.05
     interval_s: float = 15.0
+    clear_s: float = 15.0
+    least_slack: float = 1.1
+    most_correction: float = 2.0
+    gain: float = 0.02
 
 
 _TUNING = Tuning()
@@ -50,23 +55,33 @@ class Capacity:
 
     target: Target
     tuning: Tuning = _TUNING
-    forecast: Forecast = field(init=False)
     correction: float = field(init=False, default=1.0)
-    _seen: _Seen = field(init=False, default_factory=lambda: _Seen())
+    habit: Habit = field(init=False)
+    _forecasts: list[Forecast] = field(init=False)
+    _seen: _Seen = field(init=False)
+    _past: deque[Past] = field(init=False, default_factory=deque)
+    _past_s: float = field(init=False, default=0.0)
+    _reviewed_s: float = field(init=False, default=-math.inf)
     _wanted: deque[tuple[float, int]] = field(init=False, default_factory=deque)
+    _needed: dict[int, int] = field(init=False, default_factory=dict)
+    _needed_for: tuple[float, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
-        self.forecast = Forecast(self.tuning.smoothing)
+        levels, holds = self.tuning.levels_s, self.tuning.holds_s
+        self.habit = Habit(len(levels) // 2, holds[len(holds) // 2])
+        self._forecasts = [Forecast(Smoothing(level_s=level)) for level in levels]
+        self._seen = _Seen()
 
     def decide(self, reading: Reading) -> Decision:
         """The replicas wanted after this look; looks come in the order of their time."""
+        self._review(reading.at_s)
         self._learn(reading)
         wanted, why = self._demand(reading)
+        held, why = self._held(reading, wanted, why)
         ceiling = self.target.maximum
         if reading.power_ceiling is not None and reading.power_ceiling < ceiling:
             ceiling = max(self.target.minimum, reading.power_ceiling)
-        held, why = self._held(reading, wanted, why)
         if held > ceiling:
             limit = "the maximum" if ceiling == self.target.maximum else "power"
             return Decision(ceiling, f"{why}; {limit} allows {ceiling}")
@@ -77,89 +92,106 @@ class Capacity:
     # ---- what is learned ----
 
     def _learn(self, reading: Reading) -> None:
-        if reading.at_s > self.forecast.at_s > -math.inf:
-            self._seen.interval_s = reading.at_s - self.forecast.at_s
-        passed_s = self._seen.interval_s or self.tuning.interval_s
-        self.forecast = self.forecast.seen(reading.at_s, reading.arrivals_per_s)
+        before_s = self._forecasts[0].at_s
+        passed_s = reading.at_s - before_s if reading.at_s > before_s > -math.inf else self.tuning.interval_s
+        arrived = reading.arrivals_per_s * passed_s if reading.arrived is None else reading.arrived
+        self._forecasts = [forecast.seen(reading.at_s, arrived / passed_s) for forecast in self._forecasts]
         self._seen.learn(reading, passed_s, self.tuning)
         self._correct(reading)
+        if self._seen.service_s is not None:
+            demands = tuple(self._needs(index) for index in range(len(self._forecasts)))
+            self._past.append(Past(passed_s, arrived, demands))
+            self._past_s += passed_s
+        while self._past_s > self.tuning.memory_s:
+            self._past_s -= self._past.popleft().length_s
 
     def _correct(self, reading: Reading) -> None:
-        """Compare the percentile observed with the share that the model expects beyond it, while all is calm."""
+        """More work than measured is assumed while answers are late though nothing waits or starts, else ever less."""
         calm = reading.starting == 0 and reading.ready > 0 and not _backlog(reading, self.target.slots)
-        if reading.latency_s is None or reading.latency_s <= 0 or not calm or self._seen.service_s is None:
+        if reading.latency_s is None or not calm or self._seen.service_s is None:
             return
-        allowed = 1 - self.target.percentile
-        load = self._load(reading.arrivals_per_s)
-        expected = share_late(load, reading.ready * self.target.slots, reading.latency_s)
-        surprise = math.log(max(allowed, 1e-3) / max(expected, 1e-3))  # above 0: slower than expected
-        low, high = self.tuning.correction
-        self.correction = min(
-            high, max(low, self.correction * math.exp(self.tuning.gain * max(-1.0, min(1.0, surprise))))
+        over = min(1.0, reading.latency_s / self._limit_s() - 1)
+        step = self.tuning.gain * over if over > 0 else -self.tuning.gain * (self.correction - 1)
+        self.correction = min(self.tuning.most_correction, max(1.0, self.correction + step))
+
+    def _review(self, now_s: float) -> None:
+        """Rehearse what came before this look, now and then."""
+        if self._past_s < self.tuning.least_memory_s or now_s - self._reviewed_s < self.tuning.review_s:
+            return
+        self._reviewed_s = now_s
+        habits = [Habit(i, hold) for i in range(len(self._forecasts)) for hold in self.tuning.holds_s]
+        terms = Terms(
+            slo_s=self._limit_s(),
+            allowed_late=1 - self.target.percentile,
+            maximum=self.target.maximum,
+            slots=self.target.slots,
+            lead_s=self._lead_s,
+            clear_s=self.tuning.clear_s,
         )
+        self.habit = cheapest(self._past, habits, self._load(1.0).service, terms)
 
     # ---- what is needed ----
+
+    @property
+    def _lead_s(self) -> float:
+        """From a look until what it orders serves: orders are taken half an interval later in the mean."""
+        return self.target.cold_start_s + self.tuning.interval_s / 2
 
     def _load(self, rate: float) -> Load:
         mean_s = max(1e-6, self._seen.service_s or 0.0) * self.correction
         return Load(rate, self._seen.arrivals_scv, Service(mean_s, self._seen.service_scv))
 
+    def _limit_s(self) -> float:
+        """The SLO, or what replicas can hold where service alone takes longer."""
+        alone_s = self._load(1.0).service.quantile(self.target.percentile)
+        return max(self.target.slo_s, self.tuning.least_slack * alone_s)
+
     def _demand(self, reading: Reading) -> tuple[int, str]:
-        """The replicas that demand asks for, unbounded but for the search, and the sentence."""
-        waiting = _backlog(reading, self.target.slots)
+        """The replicas that are wanted now, unbounded but for the search, and the sentence."""
         if self._seen.service_s is None:
             busy = reading.in_flight > 0 or reading.arrivals_per_s > 0
             wanted = max(reading.ready + reading.starting, int(busy))
             return wanted, "no request has been measured yet: what is there is kept"
-        if reading.in_flight <= 0 and reading.arrivals_per_s <= 0 and self.forecast.level < self._idle_rate:
-            return 0, "nothing arrives"
-        lead_s = self.target.cold_start_s + (self._seen.interval_s or self.tuning.interval_s)
-        rate = self.forecast.ahead(lead_s)
-        limit_s = self._limit_s(rate.mean)
-        backlog_s = self._backlog_ahead(reading, rate.mean, lead_s, waiting)
-        wanted = self._smallest(rate, limit_s, backlog_s)
+        waiting = _backlog(reading, self.target.slots)
+        rate = self._forecasts[self.habit.estimate].ahead(self._lead_s).mean
+        needed = self._needs(self.habit.estimate)
+        clearing = math.ceil(waiting * self._load(1.0).service.mean_s / self.tuning.clear_s / self.target.slots)
+        limit_s = self._limit_s()
         why = (
-            f"{rate.mean:.2f} requests/s of {self._seen.service_s:.2f} s expected in {lead_s:.0f} s"
-            f"{f' and {waiting:.0f} waiting' if waiting else ''}: {wanted} replicas keep"
+            f"{rate:.2f} requests/s of {self._seen.service_s:.2f} s expected: {needed} replicas keep"
             f" {100 * self.target.percentile:g} % within {limit_s:.2f} s"
         )
         if limit_s > self.target.slo_s:
-            why += f" (service alone misses {self.target.slo_s:g} s)"
-        return wanted, why
+            why += f", as service alone misses {self.target.slo_s:g} s"
+        if clearing:
+            why += f", {clearing} more clear the {waiting:.0f} that wait"
+        if self.habit.floor > needed + clearing:
+            why += f", but the bursts of late need {self.habit.floor}"
+        return max(self.habit.floor, needed + clearing), why
 
-    @property
-    def _idle_rate(self) -> float:
-        """A rate at which less than one request comes in the time that replicas are kept."""
-        return 1 / self.tuning.hold_s
+    def _needs(self, index: int) -> int:
+        """What one estimate's forecast asks for."""
+        return self._smallest(self._forecasts[index].ahead(self._lead_s).mean)
 
-    def _limit_s(self, rate: float) -> float:
-        """The SLO, or what replicas can hold where service alone takes longer."""
-        return max(
-            self.target.slo_s, self.tuning.least_slack * self._load(rate).service.quantile(self.target.percentile)
-        )
+    def _smallest(self, rate: float) -> int:
+        """The smallest number that holds the target at a steady rate (rounded up by at most 2 %); up to the maximum."""
+        if rate * self.tuning.memory_s < 1:
+            return 0
+        service = self._load(1.0).service
+        if not self._needed_for or abs(service.mean_s / self._needed_for[0] - 1) > 0.02:
+            self._needed.clear()
+            self._needed_for = (service.mean_s,)
+        step = math.ceil(math.log(rate) / _STEP)
+        if step not in self._needed:
+            self._needed[step] = self._search(self._load(math.exp(step * _STEP)))
+        return self._needed[step]
 
-    def _backlog_ahead(self, reading: Reading, rate: float, lead_s: float, waiting: float) -> float:
-        """Seconds of one slot that will wait once new replicas serve, if what is there works on."""
-        load = self._load(rate)
-        serving = self.target.slots * (reading.ready + reading.starting / 2)
-        return max(0.0, waiting * load.service.mean_s + (load.erlangs - serving) * lead_s)
-
-    def _smallest(self, rate: Rate, limit_s: float, backlog_s: float) -> int:
-        """The smallest number that holds the target over the likely rates, by bisection; at most the maximum."""
-        allowed = 1 - self.target.percentile
-        low, high = self.target.minimum, self.target.maximum
-        loads = [(self._load(max(0.0, rate.mean + score * rate.deviation)), weight) for score, weight in _RATES]
-        requests = sum(weight * load.rate for load, weight in loads)
-        after_s = self._seen.interval_s or self.tuning.interval_s
-
-        def late(replicas: int) -> float:
-            servers = replicas * self.target.slots
-            shares = (w * load.rate * share_late(load, servers, limit_s, backlog_s, after_s) for load, w in loads)
-            return sum(shares) / requests if requests > 0 else float(backlog_s > 0 and replicas == 0)
-
+    def _search(self, load: Load) -> int:
+        limit_s, allowed = self._limit_s(), 1 - self.target.percentile
+        low, high = 1, max(1, self.target.maximum)
         while low < high:
             middle = (low + high) // 2
-            if late(middle) <= allowed:
+            if share_late(load, middle * self.target.slots, limit_s) <= allowed:
                 high = middle
             else:
                 low = middle + 1
@@ -169,31 +201,35 @@ class Capacity:
 
     def _held(self, reading: Reading, wanted: int, why: str) -> tuple[int, str]:
         """Fewer than there are only after a while, while nothing starts and nothing is late."""
+        hold_s = self.habit.hold_s
         self._wanted.append((reading.at_s, wanted))
-        while self._wanted[0][0] < reading.at_s - self.tuning.hold_s:
+        while self._wanted[0][0] < reading.at_s - hold_s:
             self._wanted.popleft()
         current = reading.ready + reading.starting
         if wanted >= current:
             return wanted, why
-        late = reading.latency_s is not None and reading.latency_s > self._late_from_s(reading.arrivals_per_s)
+        late = reading.latency_s is not None and reading.latency_s > self._late_from_s
         if late and (reading.in_flight > 0 or reading.arrivals_per_s > 0):
             return current, f"{why}; {current} are kept while answers take {reading.latency_s:.2f} s"
         if reading.starting > 0:
             return current, f"{why}; {current} are kept while {reading.starting} of them start"
         most = min(current, max(count for _, count in self._wanted))
         if most > wanted:
-            return most, f"{why}; {most} were wanted in the last {self.tuning.hold_s:g} s"
+            return most, f"{why}; {most} were wanted in the last {hold_s:g} s"
         return wanted, why
 
-    def _late_from_s(self, rate: float) -> float:
-        return self.target.slo_s if self._seen.service_s is None else self._limit_s(rate)
+    @property
+    def _late_from_s(self) -> float:
+        return self.target.slo_s if self._seen.service_s is None else self._limit_s()
+
+
+_STEP = math.log(1.02)
 
 
 @dataclass
 class _Seen:
     """Running estimates; `seconds_per_token` belongs to the machine and changes slowly, the tokens to the requests."""
 
-    interval_s: float = 0.0
     service_s: float | None = None
     service_scv: float = 1.0
     arrivals_scv: float = 1.0
@@ -204,7 +240,7 @@ class _Seen:
         quick = 1 - 2 ** (-passed_s / tuning.service_s)
         slow = 1 - 2 ** (-passed_s / tuning.variation_s)
         if reading.arrivals_scv is not None:
-            self.arrivals_scv += slow * (reading.arrivals_scv - self.arrivals_scv)
+            self.arrivals_scv += slow * (min(reading.arrivals_scv, 4.0) - self.arrivals_scv)
         if reading.service_scv is not None:
             self.service_scv += slow * (reading.service_scv - self.service_scv)
         if reading.tokens_per_request is not None and reading.tokens_per_request > 0:

@@ -43,13 +43,20 @@ class Service:
         mean, deviation = self._log
         return math.exp(mean + deviation * _NORMAL.inv_cdf(share))
 
+    def beyond(self, seconds: float) -> float:
+        """The share of the requests that take longer."""
+        if seconds <= 0:
+            return 1.0
+        mean, deviation = self._log
+        return _above((math.log(seconds) - mean) / deviation) if deviation > 0 else float(self.mean_s > seconds)
+
     @cached_property
     def points(self) -> tuple[tuple[float, float], ...]:
         """Seconds and weights of typical requests, ascending."""
         mean, deviation = self._log
         return tuple((math.exp(mean + deviation * score), weight) for score, weight in _POINTS)
 
-    @property
+    @cached_property
     def _log(self) -> tuple[float, float]:
         """Mean and deviation of the logarithm."""
         variance = math.log1p(self.scv)
