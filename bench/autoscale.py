@@ -1,4 +1,4 @@
-"""`bench autoscale`: a step of load on a bundle that scales. From none to one, one to many and back; does any fail?"""
+"""`bench autoscale`: a step of load on a bundle that scales, from none to one, to many and back."""
 
 from __future__ import annotations
 

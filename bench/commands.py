@@ -238,7 +238,7 @@ def autoscale(
     plot: Annotated[Path | None, typer.Option(help="Write replicas, load and latency to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the local autoscaler under a step load: 0 → 1 at the first request, 1 → n → 1; does any request fail?
+    """Show the local autoscaler under a step load: 0 → 1 → n → 1, requests that failed, the 95th percentile.
 
     Example: edgecascade bench autoscale --plot autoscale.png
     """

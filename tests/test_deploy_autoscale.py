@@ -1,4 +1,4 @@
-"""Local autoscaling: the HPA's arithmetic, replicas as processes, and the loop that speaks to the scaler as KEDA does."""
+"""Local autoscaling: the HPA's arithmetic, replicas as processes, the loop that asks the scaler as KEDA does."""
 
 import json
 import math

@@ -1,5 +1,6 @@
 """KEDA's contract over real gRPC, by a client made from the .proto alone."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import httpx
@@ -30,7 +32,16 @@ from scaler.trigger import parse
 from scaler.values import Decision, Reading
 from tests.fakes import free_port, wait_until
 from tests.scaler_rigs import (
-    ROOT, FixedReplicas, LittlesLaw, Page, ProtoClient, StandInPrometheus, compiled, http_server, reference, running,
+    ROOT,
+    FixedReplicas,
+    LittlesLaw,
+    Page,
+    ProtoClient,
+    StandInPrometheus,
+    compiled,
+    http_server,
+    reference,
+    running,
 )  # fmt: skip
 
 SETTINGS = Settings(host="127.0.0.1", port=0, metrics_port=0, poll_s=0.2, drain_s=2.0)
@@ -84,12 +95,9 @@ def until_answered(client, ref):
     """Ask until there is an answer; before that every answer is UNAVAILABLE."""
 
     def answered():
-        try:
-            client("IsActive", ref)
-        except grpc.RpcError as error:
-            assert error.code() == Code.UNAVAILABLE
-            return False
-        return True
+        said = code(client, ref)
+        assert said in {Code.OK, Code.UNAVAILABLE}
+        return said == Code.OK
 
     wait_until(answered)
 
@@ -487,17 +495,15 @@ class Authority:
         return files
 
     def _builder(self, subject, key):
-        import datetime
-
-        now = datetime.datetime.now(datetime.UTC)
+        now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self.name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
         )
 
 
@@ -557,7 +563,7 @@ def test_the_command_answers_shows_its_metrics_and_drains_on_sigterm(tmp_path):
         "SCALER_METRICS_PORT": str(metrics_port), "SCALER_REPLICAS": str(replicas),
     }  # fmt: skip
     with http_server(lambda _path: (200, world.page.text())) as url:
-        replicas.write_text('{"edge": {"replicas": [{"address": "%s", "state": "ready"}]}}' % url)
+        replicas.write_text(json.dumps({"edge": {"replicas": [{"address": url, "state": "ready"}]}}))
         ref = reference(metricsAddress="replicas")
         command = [sys.executable, "-m", "edgecascade", "scaler"]
         with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:

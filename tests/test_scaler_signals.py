@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -28,7 +29,7 @@ NONE = Found([])
 class PagesRig:
     """Pages that the source reads itself."""
 
-    metadata = {"metricsAddress": "replicas", "gatewayAddress": "http://gateway:8082"}
+    metadata: ClassVar = {"metricsAddress": "replicas", "gatewayAddress": "http://gateway:8082"}
 
     def __init__(self, trigger):
         self.page, self.up = Page(), True
@@ -47,7 +48,7 @@ class PagesRig:
 class PrometheusRig:
     """A stand-in that scrapes at each look, on a clock that differs from ours."""
 
-    metadata = {"prometheusAddress": "http://prometheus:9090"}
+    metadata: ClassVar = {"prometheusAddress": "http://prometheus:9090"}
 
     def __init__(self, trigger):
         self.page, self.up, self.scrapes = Page(), True, True
@@ -99,6 +100,7 @@ def test_a_steady_load_is_read_as_it_is(rig):
     assert found.service_scv >= 0
     assert found.arrivals_scv == pytest.approx(0.0, abs=0.05), "steps are all alike"
     assert (found.ready, found.starting, found.at_s) == (1, 0, 60.0)
+    assert found.arrived == (10.0 if isinstance(rig, PagesRig) else None), "Prometheus' samples are not of our looks"
 
 
 def test_what_the_gate_refuses_for_load_is_demand_too_and_what_was_malformed_is_not(rig):

@@ -35,6 +35,7 @@ class PageSource:
         self._trigger = trigger
         self._gateway_name = gateway_name(trigger.function, trigger.namespace)
         self._kept: dict[Key, deque[Sample]] = {}
+        self._previous_s: float | None = None
 
     def read(self, replicas: Sequence[Replica], now_s: float) -> Window:
         """Read every page once; raises `SourceError`."""
@@ -49,7 +50,8 @@ class PageSource:
             raise failures[0]
         self._forget(now_s - self._trigger.window_s)
         series = [Series(name, dict(labels), tuple(kept)) for (_, name, labels), kept in self._kept.items()]
-        return Window(series, missed=0.0)
+        previous_s, self._previous_s = self._previous_s, now_s
+        return Window(series, missed=0.0, previous_s=previous_s)
 
     def _try(self, page: str, now_s: float) -> SourceError | None:
         try:

@@ -28,9 +28,9 @@ class Series:
         """When it was last seen."""
         return self.samples[-1][0]
 
-    def increase(self) -> float:
+    def increase(self, after_s: float = -math.inf) -> float:
         """How far a counter rose; after a reset it began at 0 again. The first sample counts for nothing."""
-        return sum(_risen(before, after) for (_, before), (_, after) in pairwise(self.samples))
+        return sum(_risen(before, after) for (_, before), (at_s, after) in pairwise(self.samples) if at_s > after_s)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ class Buckets:
 class Window:
     """All series of one look. One that was not seen for more than `missed` of its intervals is over.
 
-    Prometheus looks at each target at another time, so that up to one interval tells nothing.
+    Prometheus looks at each target at another time, so that up to one interval tells nothing. `previous_s` is when the
+    look before was, where each look takes samples of its own.
     """
 
     series: Sequence[Series]
     missed: float = 1.5
+    previous_s: float | None = None
 
     @property
     def newest_s(self) -> float | None:
@@ -94,9 +96,9 @@ class Window:
         """Those of a name, with each given label one of the values."""
         return [s for s in self.series if s.name == name and all(s.labels.get(k) in v for k, v in labels.items())]
 
-    def increase(self, name: str, **labels: Collection[str | None]) -> float:
-        """How far a counter rose, over all its series."""
-        return sum(s.increase() for s in self.named(name, **labels))
+    def increase(self, name: str, after_s: float = -math.inf, **labels: Collection[str | None]) -> float:
+        """How far a counter rose after a time, over all its series."""
+        return sum(s.increase(after_s) for s in self.named(name, **labels))
 
     def latest(self, name: str) -> float | None:
         """A gauge's value now, over all series that still live; None if none does."""

@@ -6,6 +6,8 @@ requests in flight the larger count holds.
 
 from __future__ import annotations
 
+import math
+
 from scaler.errors import SourceError
 from scaler.replicas import Found
 from scaler.signals.series import Window
@@ -27,7 +29,7 @@ def summarise(window: Window, found: Found, trigger: Trigger, now_s: float) -> R
     answered = window.increase("edgecascade_requests_total")
     return Reading(
         at_s=now_s,
-        arrivals_per_s=max(_gateway_arrivals(window), _replicas_arrivals(window)) / span_s,
+        arrivals_per_s=_arrivals(window) / span_s,
         arrivals_scv=_scv(window),
         in_flight=max(at_gateway, at_replicas),
         queued=(window.latest("edgecascade_waiting_requests") or 0.0) + held,
@@ -41,6 +43,7 @@ def summarise(window: Window, found: Found, trigger: Trigger, now_s: float) -> R
         ready=found.ready,
         starting=found.starting,
         power_ceiling=found.power_ceiling,
+        arrived=None if window.previous_s is None else _arrivals(window, window.previous_s),
     )
 
 
@@ -55,13 +58,11 @@ def _check(window: Window, trigger: Trigger, now_s: float) -> None:
         raise SourceError(f"the metrics of '{name}' were seen once; rates need two looks")
 
 
-def _gateway_arrivals(window: Window) -> float:
-    return window.increase("gateway_function_invocation_started")
-
-
-def _replicas_arrivals(window: Window) -> float:
-    refused = window.increase("edgecascade_rejections_total", code=REFUSED_FOR_LOAD)
-    return window.increase("edgecascade_requests_total") + refused or window.increase("http_requests_total")
+def _arrivals(window: Window, after_s: float = -math.inf) -> float:
+    refused = window.increase("edgecascade_rejections_total", after_s, code=REFUSED_FOR_LOAD)
+    own = window.increase("edgecascade_requests_total", after_s) + refused
+    at_gateway = window.increase("gateway_function_invocation_started", after_s)
+    return max(at_gateway, own or window.increase("http_requests_total", after_s))
 
 
 def _gateway_in_flight(window: Window) -> float:
