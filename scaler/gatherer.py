@@ -149,7 +149,7 @@ class Gatherer:
         return active
 
     def look(self) -> None:
-        """Forget what nobody asks for, then begin a look at each trigger and wait for those that end within a poll."""
+        """One round by hand, for tests: forget what nobody asks for, look at each trigger, return when all is done."""
         with ThreadPoolExecutor(_LOOKERS) as pool:
             self._begin(pool)
 

@@ -72,13 +72,14 @@ class Scaler:
         self.gatherer = Gatherer(self._open, self._metrics, bounds)
         self._health = health.HealthServicer()
         self._server = self._make_server()
+        self._close_metrics: Callable[[], None] = lambda: None
         self.port = 0
 
     def start(self) -> None:
         """Listen and look; raises `SettingsError` if a port or a key file cannot be used."""
         self.port = self._bind()
         try:
-            start_http_server(self._settings.metrics_port, registry=self._metrics.registry)
+            self._close_metrics = self._show_metrics()
         except OSError as error:
             raise SettingsError(f"SCALER_METRICS_PORT cannot be used ({error.strerror})") from error
         self.gatherer.start()
@@ -91,7 +92,22 @@ class Scaler:
         self._health.enter_graceful_shutdown()
         self.gatherer.stop()
         self._server.stop(self._settings.drain_s).wait()
+        self._close_metrics()
         self._client.close()
+
+    def _show_metrics(self) -> Callable[[], None]:
+        """Serve our own metrics; gives what ends that. Raises `OSError`."""
+        host = self._settings.host.strip("[]")
+        # "::" fails where there is no IPv6, other than with gRPC.
+        everywhere, registry = {"", "::"}, self._metrics.registry
+        address = "0.0.0.0" if host in everywhere else host  # noqa: S104 - Prometheus comes from outside the pod
+        server, _ = start_http_server(self._settings.metrics_port, address, registry)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+
+        return close
 
     def _open(self, trigger: Trigger) -> tuple[Looks, Decides]:
         source: Source = (

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.errors import StackError
-from deploy.local.autoscale import Autoscale, Autoscaler, Out, Scaled, Timing, autoscaled
+from deploy.local.autoscale import Autoscale, Autoscaler, Look, Out, Scaled, Timing, autoscaled
 from deploy.local.balance import Balance
 from deploy.local.bundle import Bundle, Settings, site
 from deploy.local.hpa import Behaviour, Hpa
@@ -25,6 +25,7 @@ from deploy.local.replicas import ReplicaSet, State, write_list
 from deploy.stack import Stack, parse
 from scaler import externalscaler_pb2 as wire
 from scaler.tolerance import asked
+from tests.fakes import free_port
 from tests.scaler_rigs import http_server
 
 TESTS = Path(__file__).parent
@@ -336,7 +337,9 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
     """Processes behind the gateway, from none to three and back to none, under callers that never pause."""
     listing = tmp_path / "replicas.json"
     listed(listing, tier=[])
-    gateway = {"GATEWAY_REPLICAS": str(listing)}
+    port = free_port()
+    gateway = {"GATEWAY_REPLICAS": str(listing), "GATEWAY_METRICS_PORT": str(port)}
+    look = Look(listing, f"http://127.0.0.1:{port}/metrics", Autoscale(("tier",)))
     run = Settings(site(ROOT, {}), port=0, stop_timeout_s=20.0, gateway_environment=gateway)
     with Bundle(Stack({}, ()), run, lambda *_: None) as bundle:
 
@@ -351,7 +354,7 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
         def call():
             with httpx.Client(base_url=bundle.url, trust_env=False, timeout=60) as client:
                 while not stop.is_set():
-                    said = client.post("/function/tier/slow-enough", content=b"x" * 1000)
+                    said = client.post("/function/tier/slow", content=b"x", headers={"X-Mark": str(tmp_path / "mark")})
                     statuses.append(said.status_code)
                     pids.add(said.json()["master"])
 
@@ -360,8 +363,7 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
             ends = time.monotonic() + 60
             while (replicas.ready, len(replicas.listed())) != (count, count) or not replicas_only(count):
                 assert time.monotonic() < ends
-                # The gateway's own count is not at hand without its metrics: drained for as long as it takes at least.
-                replicas.step(time.monotonic(), {})
+                replicas.step(time.monotonic(), look.inflight())
                 write_list(listing, [replicas])
                 time.sleep(0.02)
 
@@ -381,7 +383,7 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
             until(0)
         replicas.kill()
     assert set(statuses) == {200}
-    assert len(statuses) > 20
+    assert len(statuses) >= 8
     assert len(pids) >= 3, "several served"
 
 

@@ -1,5 +1,6 @@
 """Signals mean the same from Prometheus and from pages; what is missing or old is an error, never a zero."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -278,10 +279,9 @@ def test_dispersion_tells_lone_arrivals_from_clumps(size, wanted):
 
 
 def test_a_list_of_replicas_is_read_by_path_and_by_address(tmp_path):
-    text = (
-        '{"edge": {"replicas": [{"address": "http://a", "state": "ready"}, {"address": "http://b", "state": "starting"},'
-        ' {"address": "http://c", "state": "draining"}], "power_ceiling": 3}}'
-    )
+    states = {"http://a": "ready", "http://b": "starting", "http://c": "draining"}
+    replicas = [{"address": address, "state": state} for address, state in states.items()]
+    text = json.dumps({"edge": {"replicas": replicas, "power_ceiling": 3}})
     client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=text)))
     file = tmp_path / "replicas.json"
     file.write_text(text)

@@ -27,7 +27,7 @@ from deploy.errors import StartError
 from deploy.local.bundle import Bundle, Settings
 from deploy.local.gateway_metrics import NAMESPACE, REPLICA_INFLIGHT
 from deploy.local.hpa import Behaviour, Hpa
-from deploy.local.plan import Command, function_command, passed_on
+from deploy.local.plan import PASSED_ON, Command, function_command
 from deploy.local.process import Process, Sink, listen
 from deploy.local.replicas import ReplicaSet, write_list
 from deploy.stack import Function, Stack
@@ -382,7 +382,8 @@ def _scaler(settings: Settings, listing: Path, options: Autoscale, sink: Sink) -
     """The scaler's own process, answering."""
     port = _free_port()
     environment = {
-        **passed_on(settings.inherited),
+        **{key: value for key, value in settings.inherited.items() if key in PASSED_ON},
+        "PYTHONUNBUFFERED": "1",
         "SCALER_HOST": "127.0.0.1",
         "SCALER_PORT": str(port),
         "SCALER_METRICS_PORT": "0",
