@@ -526,13 +526,13 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
 @contextmanager
 def _autoscaled(variants: Mapping[str, Variant], scaling: Scaling) -> Iterator[str]:
     """The named variants behind a gateway, one of them under the autoscaler, for the while."""
-    from deploy.local.autoscale import Autoscale, autoscaled
+    from deploy.local.autoscale import Autoscale, Timing, autoscaled
 
     stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
     _ensure_edge(stack)
-    options = Autoscale(
-        (scaling.function,), scaling.slo_s, scaling.percentile, scaling.minimum, scaling.maximum, record=scaling.record
-    )
+    timing = Timing(down_window_s=10.0)  # the scaler holds besides
+    held = scaling.slo_s, scaling.percentile, scaling.minimum, scaling.maximum
+    options = Autoscale((scaling.function,), *held, timing, scaling.record)
     with autoscaled(stack, _settings(0), options, lambda _name, _line: None) as (bundle, running):
         yield bundle.url
     if running.failure is not None:

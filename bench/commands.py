@@ -229,9 +229,9 @@ def autoscale(
     context: typer.Context,
     low: Annotated[float, typer.Option(min=0.01, help="Requests a second before and after the step.")] = 0.5,
     high: Annotated[float, typer.Option(min=0.01, help="Requests a second in the step.")] = 6.0,
-    seconds: Annotated[float, typer.Option(min=10, help="Length of the step.")] = 90.0,
-    after: Annotated[float, typer.Option(min=10, help="How long to watch after it.")] = 180.0,
-    slowdown: Annotated[float, typer.Option(min=1, help="Of each forward pass: what stands for a larger tier.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=10, help="Length of the step.")] = 80.0,
+    after: Annotated[float, typer.Option(min=10, help="How long to watch after it.")] = 240.0,
+    slowdown: Annotated[float, typer.Option(min=1, help="Of each forward pass: what stands for a larger tier.")] = 20.0,
     slo_seconds: Annotated[float, typer.Option(min=0.01, help="The latency to hold for 95 %.")] = 1.5,
     max_replicas: Annotated[int, typer.Option(min=1, max=20, help="At most so many replicas.")] = 6,
     record: Annotated[Path | None, typer.Option(help="Keep the recording here, JSON lines.")] = None,
@@ -242,12 +242,12 @@ def autoscale(
 
     Example: edgecascade bench autoscale --plot autoscale.png
     """
-    from bench.autoscale import Plan, measure
+    from bench.autoscale import SKILL, Plan, measure
     from bench.queries import OWN_QUERIES, read
 
     rooms: Rooms = context.obj
     plan = Plan(low, high, seconds, after, slowdown, slo_seconds, max_replicas)
-    queries = [query for query in read(OWN_QUERIES, None) if query.skill == "assistant"]
+    queries = [query for query in read(OWN_QUERIES, None) if query.skill == SKILL]
     measure(rooms.autoscaled, queries, plan, record, plot, as_json=as_json)
 
 

@@ -66,7 +66,7 @@ def test_the_whole_bench_on_a_bundle_that_does_not_scale(tmp_path, capsys):
 
     @contextmanager
     def autoscaled(variants, scaling):
-        assert variants["device"].environment["SLOWDOWN"] == "30"
+        assert variants["device"].environment["SLOWDOWN"] == "20"
         line = {"time_s": 7.0, "wanted": 1, "ready": 1, "in_flight": None}
         scaling.record.write_text("".join(json.dumps({**line, "time_s": 7.0 + t}) + "\n" for t in range(3)))
         with served(app) as url:
