@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from scaler.forecast import Forecast, Smoothing
 from scaler.queueing import Load, Service, share_late
 from scaler.rehearsal import Habit, Past, Terms, cheapest
 from scaler.values import Decision, Reading, Target
 
-_LEVELS_S = (8.0, 30.0, 120.0)
-_HOLDS_S = (15.0, 60.0, 180.0)
+_LEVELS_S = (8.0, 30.0, 120.0, 600.0)
+_HOLDS_S = (15.0, 30.0, 60.0, 180.0)
+_CLEARS_S = (5.0, 15.0, 45.0)
+_IDLES = (1.0, 0.8, 0.6, 0.4)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Tuning:
     """How quickly things are believed and forgotten; spans and half lives in seconds.
 
     `levels_s`: half lives of the rates that compete; `holds_s`: how long what was wanted may be kept. `memory_s` is
-    what is rehearsed, every `review_s`, once it spans `least_memory_s`; until then the middle of both is used.
+    what is rehearsed, every `review_s`, once it spans `least_memory_s`; until then the habit is a cautious one.
     `interval_s`: how often orders are taken. `clear_s`: in what time a queue is to be gone. `least_slack`: where
     service alone misses the SLO, what more than its own percentile is held instead. `most_correction` bounds the factor
     on the work that observed latency may ask for; `gain` is how far one look moves it.
@@ -34,19 +37,23 @@ class Tuning:
 
     levels_s: tuple[float, ...] = _LEVELS_S
     holds_s: tuple[float, ...] = _HOLDS_S
+    clears_s: tuple[float, ...] = _CLEARS_S
+    idles: tuple[float, ...] = _IDLES
     memory_s: float = 1800.0
-    review_s: float = 60.0
+    review_s: float = 120.0
     least_memory_s: float = 300.0
     service_s: float = 120.0
     variation_s: float = 600.0
     interval_s: float = 15.0
-    clear_s: float = 15.0
     least_slack: float = 1.1
     most_correction: float = 2.0
     gain: float = 0.02
 
 
 _TUNING = Tuning()
+_NEAR = 1.1
+"""A floor that is nearer than this is an estimate not worth a cold start."""
+_START_HOLD_S, _START_CLEAR_S = 60.0, 15.0
 
 
 @dataclass
@@ -68,8 +75,8 @@ class Capacity:
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
-        levels, holds = self.tuning.levels_s, self.tuning.holds_s
-        self.habit = Habit(len(levels) // 2, holds[len(holds) // 2])
+        levels = self.tuning.levels_s
+        self.habit = Habit(1, _START_HOLD_S, _START_CLEAR_S)
         self._forecasts = [Forecast(Smoothing(level_s=level)) for level in levels]
         self._seen = _Seen()
 
@@ -100,7 +107,7 @@ class Capacity:
         self._correct(reading)
         if self._seen.service_s is not None:
             demands = tuple(self._needs(index) for index in range(len(self._forecasts)))
-            self._past.append(Past(passed_s, arrived, demands))
+            self._past.append(Past(passed_s, arrived, arrived * self._load(1.0).service.mean_s, demands))
             self._past_s += passed_s
         while self._past_s > self.tuning.memory_s:
             self._past_s -= self._past.popleft().length_s
@@ -119,16 +126,22 @@ class Capacity:
         if self._past_s < self.tuning.least_memory_s or now_s - self._reviewed_s < self.tuning.review_s:
             return
         self._reviewed_s = now_s
-        habits = [Habit(i, hold) for i in range(len(self._forecasts)) for hold in self.tuning.holds_s]
         terms = Terms(
             slo_s=self._limit_s(),
             allowed_late=1 - self.target.percentile,
             maximum=self.target.maximum,
             slots=self.target.slots,
             lead_s=self._lead_s,
-            clear_s=self.tuning.clear_s,
         )
-        self.habit = cheapest(self._past, habits, self._load(1.0).service, terms)
+        self.habit = cheapest(self._past, self._neighbours(), self._load(1.0).service, terms)
+
+    def _neighbours(self) -> Iterator[Habit]:
+        """The habit, and those with another estimate, another idle floor, or another way to keep and to clear."""
+        habit, tuning = self.habit, self.tuning
+        yield habit
+        yield from (replace(habit, estimate=index) for index in range(len(tuning.levels_s)))
+        yield from (replace(habit, idle=idle) for idle in tuning.idles)
+        yield from (replace(habit, hold_s=hold, clear_s=clear) for hold in tuning.holds_s for clear in tuning.clears_s)
 
     # ---- what is needed ----
 
@@ -155,7 +168,8 @@ class Capacity:
         waiting = _backlog(reading, self.target.slots)
         rate = self._forecasts[self.habit.estimate].ahead(self._lead_s).mean
         needed = self._needs(self.habit.estimate)
-        clearing = math.ceil(waiting * self._load(1.0).service.mean_s / self.tuning.clear_s / self.target.slots)
+        clearing = self.habit.clearing(waiting * self._load(1.0).service.mean_s, self.target.slots)
+        floor = self.habit.floor_at(reading.arrivals_per_s if reading.arrived is None else reading.arrived)
         limit_s = self._limit_s()
         why = (
             f"{rate:.2f} requests/s of {self._seen.service_s:.2f} s expected: {needed} replicas keep"
@@ -165,9 +179,12 @@ class Capacity:
             why += f", as service alone misses {self.target.slo_s:g} s"
         if clearing:
             why += f", {clearing} more clear the {waiting:.0f} that wait"
-        if self.habit.floor > needed + clearing:
-            why += f", but the bursts of late need {self.habit.floor}"
-        return max(self.habit.floor, needed + clearing), why
+        if floor > needed + clearing:
+            current = reading.ready + reading.starting
+            if current < floor <= current * _NEAR:
+                floor = max(current, needed + clearing)
+            why += f", but the bursts of late need {floor}"
+        return max(floor, needed + clearing), why
 
     def _needs(self, index: int) -> int:
         """What one estimate's forecast asks for."""
@@ -203,7 +220,7 @@ class Capacity:
         """Fewer than there are only after a while, while nothing starts and nothing is late."""
         hold_s = self.habit.hold_s
         self._wanted.append((reading.at_s, wanted))
-        while self._wanted[0][0] < reading.at_s - hold_s:
+        while self._wanted[0][0] < reading.at_s - max(self.tuning.holds_s):
             self._wanted.popleft()
         current = reading.ready + reading.starting
         if wanted >= current:
@@ -213,7 +230,7 @@ class Capacity:
             return current, f"{why}; {current} are kept while answers take {reading.latency_s:.2f} s"
         if reading.starting > 0:
             return current, f"{why}; {current} are kept while {reading.starting} of them start"
-        most = min(current, max(count for _, count in self._wanted))
+        most = min(current, max(count for at_s, count in self._wanted if at_s >= reading.at_s - hold_s))
         if most > wanted:
             return most, f"{why}; {most} were wanted in the last {hold_s:g} s"
         return wanted, why
