@@ -36,8 +36,8 @@ class Plan:
 
     low: float = 0.5
     high: float = 6.0
-    seconds: float = 80.0
-    after_s: float = 240.0
+    seconds: float = 60.0
+    after_s: float = 150.0
     slowdown: float = 20.0
     slo_s: float = 1.5
     maximum: int = 6

@@ -21,7 +21,7 @@ from deploy.local.bundle import Bundle, Settings, site
 from deploy.local.hpa import Behaviour, Hpa
 from deploy.local.plan import function_command
 from deploy.local.process import Process, listen
-from deploy.local.replicas import ReplicaSet, State, write_list
+from deploy.local.replicas import ReplicaSet, write_list
 from deploy.stack import Stack, parse
 from scaler import externalscaler_pb2 as wire
 from scaler.tolerance import asked
@@ -29,6 +29,7 @@ from tests.fakes import free_port
 from tests.scaler_rigs import http_server
 
 TESTS = Path(__file__).parent
+CALLERS = 4
 ROOT = TESTS.parent
 STACK = parse(
     "functions: {tier: {image: i, handler: h, fprocess: 'gunicorn --bind x --worker-class gthread --threads 8"
@@ -361,17 +362,15 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
         def until(count):
             replicas.wanted = count
             ends = time.monotonic() + 60
-            while (replicas.ready, len(replicas.listed())) != (count, count) or not replicas_only(count):
+            more = len(statuses) + (2 * CALLERS if count else 0)
+            while not (replicas.ready == len(replicas._replicas) == count and len(statuses) >= more):
                 assert time.monotonic() < ends
                 replicas.step(time.monotonic(), look.inflight())
                 write_list(listing, [replicas])
                 time.sleep(0.02)
 
-        def replicas_only(count):
-            return sum(1 for r in replicas._replicas if r.state != State.STOPPING) == len(replicas._replicas) == count
-
-        with ThreadPoolExecutor(4) as pool:
-            calls = [pool.submit(call) for _ in range(4)]
+        with ThreadPoolExecutor(CALLERS) as pool:
+            calls = [pool.submit(call) for _ in range(CALLERS)]
             try:
                 for count in (1, 3, 1, 2):
                     until(count)
@@ -383,7 +382,6 @@ def test_no_request_fails_while_replicas_come_and_go(tmp_path):
             until(0)
         replicas.kill()
     assert set(statuses) == {200}
-    assert len(statuses) >= 8
     assert len(pids) >= 3, "several served"
 
 

@@ -245,6 +245,10 @@ class Look:
         families = text_string_to_metric_families(text)
         return {s.labels["address"]: int(s.value) for f in families if f.name == REPLICA_INFLIGHT for s in f.samples}
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def gauges(self, function: str, now_s: float) -> dict[str, float | None]:
         """Requests in flight, and the latency at the percentile over the last five seconds."""
         try:
@@ -307,7 +311,9 @@ def autoscaled(
         scaled = [
             _scaled(stack.functions[name], bundle, settings, options, page, stub, sink) for name in options.functions
         ]
-        autoscaler = Autoscaler(scaled, options, stub, Look(listing, page, options), Out(sink, record))
+        look = Look(listing, page, options)
+        closing.callback(look.close)
+        autoscaler = Autoscaler(scaled, options, stub, look, Out(sink, record))
         running = Running(autoscaler, ended)
         running.start()
         try:
