@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 from flask import Flask
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -17,7 +15,6 @@ from functions.dispatcher.config import DispatcherConfig
 from functions.dispatcher.dispatch import Dispatcher
 from functions.dispatcher.fallbacks import open_fallback
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
-from functions.dispatcher.leash import LeashedTransport
 from functions.dispatcher.policy_file import PolicyWatch
 from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.answering import add_routes
@@ -25,7 +22,6 @@ from functions.serving.signals import drain_on_sigterm
 from functions.serving.web import EXTENSION, Site, create_base
 
 _NAME = "dispatcher"
-_KEEP_ALIVE_S = 30.0
 
 
 def create_app(config: DispatcherConfig | None = None) -> Flask:
@@ -40,17 +36,12 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     policy = PolicyWatch(config.policy)
     watch = config.power.watch(lambda: policy.policy().power_limits)
     site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
-    inflight = config.common.max_inflight
-    http = _http(inflight)
-    # Each request may ask both tiers at once, while what lost another race is still being cut off.
-    executor = ThreadPoolExecutor(3 * inflight, thread_name_prefix="call")
     fallback = open_fallback(config.rules_file, config.messages_file)
     dispatcher = Dispatcher(
         policy=policy.policy,
-        device=TierClient(Target("device", config.device_url, config.common.deadline_s), http),
-        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s), http),
+        device=TierClient(Target("device", config.device_url, config.common.deadline_s)),
+        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s)),
         node_id=config.common.node_id,
-        executor=executor,
         power=watch.power,
         fallback=fallback,
     )
@@ -64,23 +55,8 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
         LatencyGuard(dispatcher, LatencyWatch(ceiling), fallback, config.common.node_id) if ceiling else dispatcher
     )
     add_routes(app, site, watched)
-    weakref.finalize(app, _close, http, executor, watch)
+    weakref.finalize(app, watch.stop)  # nobody has the app any more
     return app
-
-
-def _close(http: httpx.Client, executor: ThreadPoolExecutor, watch: power.PowerWatch) -> None:
-    """Nobody has the app any more: let go of connections and threads."""
-    executor.shutdown(wait=False, cancel_futures=True)
-    http.close()
-    watch.stop()
-
-
-def _http(max_inflight: int) -> httpx.Client:
-    """One pool for both tiers."""
-    limits = httpx.Limits(
-        max_connections=3 * max_inflight, max_keepalive_connections=max_inflight, keepalive_expiry=_KEEP_ALIVE_S
-    )
-    return httpx.Client(transport=LeashedTransport(limits), trust_env=False)
 
 
 def _series(labels: Mapping[str, str], policy: PolicyWatch, dispatcher: Dispatcher) -> Iterator[Metric]:
