@@ -11,17 +11,19 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from functions.dispatcher import power
+from functions.dispatcher.cache.service import CachedService, add_conversation_routes, purge_regularly
 from functions.dispatcher.config import DispatcherConfig
 from functions.dispatcher.dispatch import Dispatcher
 from functions.dispatcher.fallbacks import open_fallback
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
 from functions.dispatcher.policy_file import PolicyWatch
 from functions.dispatcher.tier_client import Target, TierClient
-from functions.serving.answering import add_routes
+from functions.serving.answering import Service, add_routes
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.web import EXTENSION, Site, create_base
 
 _NAME = "dispatcher"
+_PURGE_EVERY_S = 60.0
 
 
 def create_app(config: DispatcherConfig | None = None) -> Flask:
@@ -50,11 +52,16 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     watch.listen(dispatcher.wake)
     watch.start()
     app = create_base(site, site.drain)
+    service: Service = dispatcher
     ceiling = policy.policy().latency.limits
-    watched = (
-        LatencyGuard(dispatcher, LatencyWatch(ceiling), fallback, config.common.node_id) if ceiling else dispatcher
-    )
-    add_routes(app, site, watched)
+    if ceiling:
+        service = LatencyGuard(service, LatencyWatch(ceiling), fallback, config.common.node_id)
+    cache = config.cache.open()
+    if cache:
+        service = CachedService(service, cache, config.common.node_id)
+        add_conversation_routes(app, [cache])
+        weakref.finalize(app, purge_regularly(cache, _PURGE_EVERY_S))
+    add_routes(app, site, service)
     weakref.finalize(app, watch.stop)  # nobody has the app any more
     return app
 
