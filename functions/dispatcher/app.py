@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +18,7 @@ from functions.dispatcher.dispatch import Dispatcher
 from functions.dispatcher.fallbacks import open_fallback
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
 from functions.dispatcher.policy_file import PolicyWatch
+from functions.dispatcher.savings import Savings
 from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.answering import Service, add_routes
 from functions.serving.signals import drain_on_sigterm
@@ -45,6 +47,7 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
         edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s)),
         node_id=config.common.node_id,
         power=watch.power,
+        savings=Savings(config.power.figures, time.monotonic),
         fallback=fallback,
     )
     site.metrics.add(power.series(watch.power))

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from functions.dispatcher.bell import Bell
 from functions.dispatcher.budget import Budget
@@ -14,6 +15,7 @@ from functions.dispatcher.call import Call, Happening, TierFailedError, poll
 from functions.dispatcher.drafting import Drafting
 from functions.dispatcher.fallbacks import Fallback, events_of, open_fallback, piece_of, report_of
 from functions.dispatcher.ledger import Entry, Ledger
+from functions.dispatcher.savings import Savings
 from functions.dispatcher.tier_client import TierClient
 from functions.dispatcher.wire import TierReply
 from functions.serving.ask import CHAT, Ask, Clocked, Message, Shape
@@ -34,6 +36,7 @@ from routing import (
     route,
     threshold_of,
 )
+from routing.energy import Figures, Saving
 from routing.policy import OnEscalation
 from routing.power import Power, PowerMode
 from routing.route import TIGHT
@@ -63,6 +66,7 @@ class Dispatcher:
     clock: Callable[[], float] = time.monotonic
     retries: Budget = field(default_factory=Budget)
     hedges: Budget = field(default_factory=Budget)
+    savings: Savings = field(default_factory=lambda: Savings(Figures(), time.monotonic))
     drafting: Drafting = field(default_factory=Drafting)
     waiting: set[Bell] = field(default_factory=set)
 
@@ -195,17 +199,26 @@ class _Run:
 
     def _choose(self) -> Step:
         """The next step as things stand now."""
-        tiers = self._dispatcher
+        tiers, power = self._dispatcher, self._power()
         conditions = Conditions(
             device_up=tiers.device.is_up(),
             edge_up=tiers.edge.is_up(),
             remaining_ms=1e3 * (self._expires - tiers.clock()),
-            power=self._power(),
+            power=power,
             may_hedge=tiers.hedges.available,
             may_retry=tiers.retries.available,
+            saving=self._saving if power.mode is PowerMode.SAVE else None,
             **self._usual,
         )
         return route(self._policy, conditions, self._request, self._seen())
+
+    @cached_property
+    def _saving(self) -> Saving | None:
+        """Chosen once, so that nobody is asked for nothing."""
+        device_ms, edge_ms = self._usual["device_ms"], self._usual["edge_ms"]
+        remaining_s = self._expires - self._dispatcher.clock()
+        device_s, edge_s = (None if ms is None else ms / 1e3 for ms in (device_ms, edge_ms))
+        return self._dispatcher.savings.choice(self._ask.skill, device_s, edge_s, remaining_s)
 
     def _power(self) -> Power:
         return self._dispatcher.power(self._ask.battery_level)
@@ -300,9 +313,7 @@ class _Run:
     def _see(self, uses: str, call: Call, happening: Happening) -> None:
         if isinstance(happening, TierReply):
             self._ledger.close(self._entries[call], happening.report)
-            if uses == "edge":
-                took_ms = 1e3 * call.traffic.seconds
-                self._dispatcher.drafting.learn(self._ask.skill, happening.usage, happening.report, took_ms)
+            self._learn(uses, call, happening)
             self._answers[uses] = happening
             self._observe(uses, _outcome(happening.report))
         elif isinstance(happening, TierFailedError):
@@ -316,6 +327,14 @@ class _Run:
             self._ledger.first_token()
             self._answers[uses] = call
             self._observe(uses, Answer())
+
+    def _learn(self, uses: str, call: Call, reply: TierReply) -> None:
+        tiers, skill, traffic = self._dispatcher, self._ask.skill, call.traffic
+        if uses == "edge":
+            tiers.drafting.learn(skill, reply.usage, reply.report, 1e3 * traffic.seconds)
+            tiers.savings.edge_answered(skill, traffic.sent, traffic.received, escalated="device" in self._answers)
+        elif uses == "device":
+            tiers.savings.device_answered(skill)
 
     def _observe(self, uses: str, outcome: Outcome) -> None:
         self._observed = replace(self._observed, **{uses: outcome})
