@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from functions.dispatcher.cache.config import CacheConfig
 from functions.dispatcher.policy_file import PolicySource
 from functions.dispatcher.power import PowerConfig
 from functions.serving.settings import Common, Environment
@@ -17,7 +18,7 @@ class DispatcherConfig:
     """Where the tiers are, where the policy comes from, and where power is read.
 
     `edge_timeout_s`: the longest the edge is waited for, whatever the deadline. `rules_file` and `messages_file` say
-    what is answered without a model; None: no rules, and the messages that we ship.
+    what is answered without a model; None: no rules, and the messages that we ship. `cache`: answers given before.
     """
 
     device_url: str
@@ -27,6 +28,7 @@ class DispatcherConfig:
     edge_timeout_s: float = 30.0
     rules_file: Path | None = None
     messages_file: Path | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -42,6 +44,7 @@ class DispatcherConfig:
             edge_timeout_s=environment.number("EDGE_TIMEOUT_MS", cls.edge_timeout_s * 1e3, 1, 600_000) / 1e3,
             rules_file=_path(environment, "RULES_FILE"),
             messages_file=_path(environment, "MESSAGES_FILE"),
+            cache=CacheConfig.read(environment),
             common=Common.read(environment, max_inflight=64),
         )
 
