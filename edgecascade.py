@@ -22,9 +22,10 @@ from bench.errors import BenchError
 from deploy.errors import DeployError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
+from scaler.errors import ScalerError
 
 if TYPE_CHECKING:
-    from bench.bundle import Running, Variant
+    from bench.bundle import Running, Scaling, Variant
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
@@ -59,8 +60,8 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home, _variants, _shared))
-    except (BenchError, ConfigError, DeployError, ModelError) as error:
+        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled))
+    except (BenchError, ConfigError, DeployError, ModelError, ScalerError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -75,16 +76,50 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+    functions: Annotated[list[str] | None, typer.Argument(help="With --autoscale: which; edge by default.")] = None,
+    autoscale: Annotated[bool, typer.Option("--autoscale", help="Run as many replicas as the scaler says.")] = False,
+    min_replicas: Annotated[int, typer.Option(min=0, help="0: none while nobody asks.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, max=100, help="At most so many replicas.")] = 5,
+    slo_seconds: Annotated[float, typer.Option(min=0.001, help="The latency to hold.")] = 2.0,
+    percentile: Annotated[float, typer.Option(min=0.01, max=99.99, help="For this share: 0.95, or 95.")] = 0.95,
+    cooldown: Annotated[float, typer.Option(min=0, help="Seconds without a request until there is none.")] = 60.0,
+    window: Annotated[float, typer.Option(min=0, help="Seconds that fewer must have been wanted.")] = 30.0,
+    record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
-    Example: edgecascade up --port 9000 --only dispatcher --only device
+    Examples: edgecascade up --port 9000 --only dispatcher --only device
+              edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
     """
-    from deploy.local.up import serve
+    from deploy.local.up import serve, serve_autoscaled
 
+    if functions and not autoscale:
+        _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
     stack = _stack(tuple(only or ()))
     _ensure_edge(stack)
-    serve(stack, _settings(port))
+    if not autoscale:
+        serve(stack, _settings(port))
+        return
+    from deploy.local.autoscale import Autoscale, Timing
+
+    timing = Timing(cooldown_s=cooldown, down_window_s=window)
+    wanted = tuple(functions or ("edge",))
+    options = Autoscale(wanted, slo_seconds, percentile, min_replicas, max_replicas, timing, record)
+    serve_autoscaled(stack, _settings(port), options)
+
+
+@app.command()
+def scaler() -> None:
+    """Answer KEDA over gRPC with the replicas that hold the latency target; until SIGTERM, then drain.
+
+    Settings come from the environment: SCALER_PORT (6000), SCALER_METRICS_PORT (6001), … docs/scaling.md has them all.
+
+    Example: SCALER_REPLICAS=replicas.json edgecascade scaler
+    """
+    from scaler.server import serve
+    from scaler.settings import Settings
+
+    serve(Settings.from_environment(os.environ))
 
 
 @app.command()
@@ -486,6 +521,22 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
     with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
         urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
         yield Running(urls, {process.name: process.pid for process in bundle.processes})
+
+
+@contextmanager
+def _autoscaled(variants: Mapping[str, Variant], scaling: Scaling) -> Iterator[str]:
+    """The named variants behind a gateway, one of them under the autoscaler, for the while."""
+    from deploy.local.autoscale import Autoscale, Timing, autoscaled
+
+    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
+    _ensure_edge(stack)
+    timing = Timing(down_window_s=10.0)  # the scaler holds besides
+    held = scaling.slo_s, scaling.percentile, scaling.minimum, scaling.maximum
+    options = Autoscale((scaling.function,), *held, timing, scaling.record)
+    with autoscaled(stack, _settings(0), options, lambda _name, _line: None) as (bundle, running):
+        yield bundle.url
+    if running.failure is not None:
+        raise running.failure
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,19 @@ class Running:
     groups: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """A function to run as many times as the scaler says, what it holds, and where that is recorded."""
+
+    function: str
+    slo_s: float
+    percentile: float
+    minimum: int
+    maximum: int
+    record: Path
+
+
 Start = Callable[[Mapping[str, Variant]], AbstractContextManager[Running]]
 """Runs the named variants, and no other function, for the length of a `with` block."""
+Autoscaled = Callable[[Mapping[str, Variant], Scaling], AbstractContextManager[str]]
+"""Runs the named variants behind a gateway, one of them under the autoscaler; gives the gateway's address."""

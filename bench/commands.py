@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from bench.bundle import Start
+from bench.bundle import Autoscaled, Start
 from bench.queries import Query
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
@@ -32,13 +32,14 @@ class Rooms:
     """What the benches need of other rooms.
 
     `smollm2` is the model's file, fetched if need be; `home` where things are built; `start` runs a bundle;
-    `published` reads a split of the published sets for some skills.
+    `published` reads a split of the published sets for some skills; `autoscaled` runs a bundle that scales.
     """
 
     smollm2: Callable[[Callable[[float, float, str], None]], Path]
     home: Callable[[], Path]
     start: Start
     published: Callable[..., Sequence[Query]]
+    autoscaled: Autoscaled
 
 
 @app.command("faults")
@@ -221,6 +222,33 @@ def chaos(
     site = Site(dict.fromkeys(TIERS, slowdown))
     plan = Plan(requests, callers, deadline)
     measure(rooms.start, _queries(rooms, data, list(SKILLS), 100), site, plan, kinds, seconds, as_json=as_json)
+
+
+@app.command("autoscale")
+def autoscale(
+    context: typer.Context,
+    low: Annotated[float, typer.Option(min=0.01, help="Requests a second before and after the step.")] = 0.5,
+    high: Annotated[float, typer.Option(min=0.01, help="Requests a second in the step.")] = 6.0,
+    seconds: Annotated[float, typer.Option(min=10, help="Length of the step.")] = 60.0,
+    after: Annotated[float, typer.Option(min=10, help="How long to watch after it.")] = 150.0,
+    slowdown: Annotated[float, typer.Option(min=1, help="Of each forward pass: what stands for a larger tier.")] = 20.0,
+    slo_seconds: Annotated[float, typer.Option(min=0.01, help="The latency to hold for 95 %.")] = 1.5,
+    max_replicas: Annotated[int, typer.Option(min=1, max=20, help="At most so many replicas.")] = 6,
+    record: Annotated[Path | None, typer.Option(help="Keep the recording here, JSON lines.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write replicas, load and latency to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the local autoscaler under a step load: 0 → 1 → n → 1, requests that failed, the 95th percentile.
+
+    Example: edgecascade bench autoscale --plot autoscale.png
+    """
+    from bench.autoscale import SKILL, Plan, measure
+    from bench.queries import OWN_QUERIES, read
+
+    rooms: Rooms = context.obj
+    plan = Plan(low, high, seconds, after, slowdown, slo_seconds, max_replicas)
+    queries = [query for query in read(OWN_QUERIES, None) if query.skill == SKILL]
+    measure(rooms.autoscaled, queries, plan, record, plot, as_json=as_json)
 
 
 @app.command("seal")

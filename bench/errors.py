@@ -3,7 +3,8 @@
 BenchError
 ├── ContenderError    a contender of `bench engine` that could not be prepared, opened or measured
 ├── QueryFileError    a file of queries that cannot be used
-└── ServiceError      the service under test cannot be reached, or refused a request
+├── ServiceError      the service under test cannot be reached, or refused a request
+└── TraceFileError    a trace of arrivals that cannot be used
 """
 
 
@@ -25,3 +26,7 @@ class ServiceError(BenchError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class TraceFileError(BenchError):
+    """A trace's file, or a line of it, is not what it should be."""

@@ -21,6 +21,9 @@ _PATH = "/v1/chat/completions"
 _PATIENCE_S = 30.0
 """How long an answer is waited for; a service that never answers must not stop the run."""
 
+_IDLE_S = 30.0
+"""A connection that was idle for longer is not used again: servers close theirs after 75 s."""
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -45,13 +48,13 @@ class Answer:
         return self.body.get("edgecascade") or {}
 
 
-def request(query: Query, model: str, deadline_ms: float | None = None) -> bytes:
-    """One query as HTTP."""
+def request(query: Query, model: str, deadline_ms: float | None = None, prefix: str = "") -> bytes:
+    """One query as HTTP; `prefix` stands before the path."""
     message = {"role": "user", "content": query.text}
     body = json.dumps({"model": model, "skill": query.skill, "messages": [message]}).encode()
     deadline = b"" if deadline_ms is None else b"X-Deadline-Ms: %g\r\n" % deadline_ms
     head = b"POST %s HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n"
-    return head % (_PATH.encode(), len(body), deadline) + body
+    return head % ((prefix + _PATH).encode(), len(body), deadline) + body
 
 
 class Flood:
@@ -62,7 +65,7 @@ class Flood:
         self._address = (parts.hostname or "", parts.port or 80)
         self._requests: Iterator[bytes] = cycle(requests)
         self._clock = clock
-        self._idle: list[Connection] = []
+        self._idle: list[tuple[float, Connection]] = []
 
     def open(self, arrivals: Sequence[float]) -> list[Answer]:
         """One request at each time, in seconds from now, whatever comes back."""
@@ -76,7 +79,7 @@ class Flood:
         try:
             return await work
         finally:
-            for _, writer in self._idle:
+            for _, (_, writer) in self._idle:
                 writer.close()
             self._idle.clear()
 
@@ -105,7 +108,7 @@ class Flood:
         return Answer(sent_s if due_s is None else due_s, sent_s, done_s, status, _object(body))
 
     async def _exchange(self, data: bytes) -> tuple[int, bytes]:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        reader, writer = self._kept() or await asyncio.open_connection(*self._address)
         try:
             writer.write(data)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -117,8 +120,17 @@ class Flood:
         if b"connection: close" in head:
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((self._clock(), (reader, writer)))
         return int(head.split(b" ", 2)[1]), body
+
+    def _kept(self) -> Connection | None:
+        """The connection used last, if that is not too long ago; then the others are older still."""
+        if self._idle and self._clock() - self._idle[-1][0] <= _IDLE_S:
+            return self._idle.pop()[1]
+        for _, (_, writer) in self._idle:
+            writer.close()
+        self._idle.clear()
+        return None
 
 
 def _object(body: bytes) -> Mapping[str, Any]:

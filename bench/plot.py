@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench import figures
 from bench.cascade import Frontier
+from bench.flood import Answer
 from bench.load import Shot
 from bench.metrics import Point, Row
+
+if TYPE_CHECKING:
+    from bench.autoscale import Look  # which draws with us
 
 
 def trade_off(points: Sequence[Point], row: Row | None, oracle: Row | None, title: str, path: Path) -> None:
@@ -108,3 +114,27 @@ def engine(rows: Sequence[figures.Row], title: str, path: Path) -> list[Path]:
     for file in written:
         figure.savefig(file, dpi=120)
     return written
+
+
+def autoscale(answers: Sequence[Answer], looks: Sequence[Look], slo_s: float, path: Path) -> None:
+    """Replicas wanted and ready, requests in flight, and each request's latency, over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    replicas, load, latency = figure.subplots(3, 1, sharex=True)
+    times = [look.at_s for look in looks]
+    replicas.step(times, [look.wanted for look in looks], where="post", label="wanted")
+    replicas.step(times, [look.ready for look in looks], where="post", label="ready")
+    replicas.set(ylabel="replicas")
+    load.plot(times, [look.in_flight for look in looks], label="in flight")
+    load.set(ylabel="requests")
+    good = [a for a in answers if a.status == HTTPStatus.OK]
+    failed = [a for a in answers if a.status != HTTPStatus.OK]
+    latency.plot([a.due_s for a in good], [a.latency_ms for a in good], ".", markersize=4, label="answered")
+    latency.plot([a.due_s for a in failed], [a.latency_ms for a in failed], "x", label="failed")
+    latency.axhline(1000 * slo_s, linestyle=":", color="grey", label="SLO")
+    latency.set(xlabel="s", ylabel="ms", yscale="log")
+    for axes in (replicas, load, latency):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)

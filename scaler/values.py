@@ -29,6 +29,8 @@ class Reading:
 
     `service` is the time in the tier without its queue; `scv` the squared coefficient of variation (variance over mean
     squared); `latency_s` the latency at the target's percentile as clients saw it; tokens are those generated.
+    `in_flight` counts all that is not answered yet, `queued` those of them that wait. `arrived` are the requests since
+    the look before, where a counter tells.
     """
 
     at_s: float
@@ -44,6 +46,7 @@ class Reading:
     ready: int
     starting: int
     power_ceiling: int | None = None
+    arrived: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Fleets, queues and autoscalers as discrete events; the capacity and routing code is the real one."""
