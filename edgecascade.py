@@ -20,6 +20,7 @@ from bench.commands import Json, Rooms, Skill, Tier
 from bench.commands import app as bench_app
 from bench.errors import BenchError
 from deploy.errors import DeployError
+from functions.serving.secrets import SecretError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
 
@@ -60,7 +61,7 @@ def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
         app(obj=Rooms(_smollm2, _home, _variants, _shared))
-    except (BenchError, ConfigError, DeployError, ModelError) as error:
+    except (BenchError, ConfigError, DeployError, ModelError, SecretError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -75,16 +76,38 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+    site: Annotated[str, typer.Option(help="device or edge: this site's functions; EDGE_URL joins them.")] = "",
+    secrets: Annotated[
+        Path | None, typer.Option(help="The folder with stack.yml's secrets: keys are asked for, sealed tiers run.")
+    ] = None,
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
-    Example: edgecascade up --port 9000 --only dispatcher --only device
+    Examples: edgecascade up --port 9000 --only dispatcher --only device
+              edgecascade up --site edge --port 9000
+              EDGE_URL=http://127.0.0.1:9000/function/edge edgecascade up --site device --secrets .secrets
     """
     from deploy.local.up import serve
 
-    stack = _stack(tuple(only or ()))
-    _ensure_edge(stack)
-    serve(stack, _settings(port))
+    stack = _stack(tuple(only or ()), site)
+    if secrets is None:
+        _ensure_edge(stack)
+    serve(stack, _settings(port, secrets))
+
+
+@app.command()
+def images(
+    engine: Annotated[str, typer.Option(help="docker or podman; by default the one that is installed.")] = "",
+    platform: Annotated[str, typer.Option(help="Such as linux/arm64; by default this machine's.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Build this function only; may be given again.")] = None,
+) -> None:
+    """Build the functions' images as faas-cli would, under the names that stack.yml gives them.
+
+    Example: REGISTRY=registry.example TAG=1 edgecascade images --engine podman --only device
+    """
+    from deploy.images import build, engine_here
+
+    build(ROOT, _stack(tuple(only or ())), engine_here(engine), platform, lambda name, line: print(f"{name} | {line}"))
 
 
 @app.command()
@@ -181,6 +204,26 @@ def keys(folder: Annotated[Path, typer.Argument(help="Where the three files go; 
 
     for path in write_keys(folder):
         print(path)
+
+
+@app.command("secrets")
+def make_secrets(
+    folder: Annotated[Path, typer.Argument(help="Where they go; none is replaced.")] = Path(".secrets"),
+) -> None:
+    """Make the secrets that stack.yml names, as far as they are not there: api-key, model-key, model-signer.
+
+    signing-key, with which tiers are signed, stays where they are made.
+
+    Example: edgecascade secrets .secrets
+    """
+    from functions.serving.api_keys import write_api_key
+    from models.build.seal import write_keys
+
+    keys = ("model-key", "signing-key", "model-signer")
+    if not (folder / "api-key").exists():
+        write_api_key(folder / "api-key")
+    if not all((folder / name).exists() for name in keys):
+        write_keys(folder, keys)
 
 
 @app.command()
@@ -454,16 +497,17 @@ def _ensure_edge(stack: Stack) -> None:
         _build("smollm2", out, adapter if adapter.is_dir() else None, "int4", prefill=True)
 
 
-def _stack(only: tuple[str, ...]) -> Stack:
+def _stack(only: tuple[str, ...], site: str = "") -> Stack:
     from deploy.stack import load as load_stack
 
-    return load_stack(ROOT / "stack.yml", os.environ).only(only)
+    stack = load_stack(ROOT / "stack.yml", os.environ)
+    return (stack.site(site) if site else stack).only(only)
 
 
-def _settings(port: int) -> Settings:
+def _settings(port: int, secrets: Path | None = None) -> Settings:
     from deploy.local.bundle import Settings, site
 
-    return Settings(site(ROOT, os.environ), port)
+    return Settings(site(ROOT, os.environ, secrets), port)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ WATCHDOG_KEYS = frozenset(
         "mode", "upstream_url", "fprocess", "ready_path", "exec_timeout", "read_timeout", "write_timeout",
         "healthcheck_interval", "max_inflight", "prefix_logs", "log_buffer_size", "log_call_id", "suppress_lock",
         "static_path", "port", "buffer_http", "http_buffer_req_body", "jwt_auth",
+        "LINGER_S",  # for what the watchdog lets in after SIGTERM
     }
 )  # fmt: skip
 PASSED_ON = frozenset(
@@ -42,19 +43,27 @@ class Command:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the bundle runs: this machine's folders instead of the image's."""
+    """Where the bundle runs: this machine's folders instead of the image's.
+
+    `secrets`: the folder with the secrets that stack.yml names, and then the tiers are the sealed ones, as in the
+    images. None: there are none, no key is asked for, and the tiers are those that were built here.
+    """
 
     root: Path
     home: Path
+    secrets: Path | None = None
 
     @property
     def folders(self) -> Mapping[str, Path]:
         """Each folder of the images that functions are told of, and where it lies here."""
         return {
-            "/home/app/tiers/device": self.root / "models" / "tiers" / "device",
-            "/home/app/tiers/edge": self.home / "edge",
+            "/home/app/tiers/device": self._tier("device", self.root / "models" / "tiers" / "device"),
+            "/home/app/tiers/edge": self._tier("edge", self.home / "edge"),
             "/tmp/federation": self.home / "federation",  # noqa: S108  # in the image; here it is another folder
         }
+
+    def _tier(self, name: str, plain: Path) -> Path:
+        return self.home / "sealed" / name if self.secrets else plain
 
 
 def function_command(
@@ -63,7 +72,7 @@ def function_command(
     """The process of one function: watchdog settings dropped, peers and folders made local."""
     own = {
         key: _local(value, ports, gateway_port, site)
-        for key, value in function.environment.items()
+        for key, value in function.with_secrets(site.secrets).environment.items()
         if key not in WATCHDOG_KEYS
     }
     return Command(function.name, _words(function.name, function.fprocess), {**_base(inherited), **own})

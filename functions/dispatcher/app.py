@@ -35,13 +35,14 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     """
     if config is None:
         app = create_app(DispatcherConfig.from_environment(os.environ))
-        drain_on_sigterm(app.extensions[EXTENSION].drain)
+        site = app.extensions[EXTENSION]
+        drain_on_sigterm(site.drain, site.common.linger_s)
         return app
     policy = PolicyWatch(config.policy)
     watch = config.power.watch(lambda: policy.policy().power_limits)
     site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
     inflight = config.common.max_inflight
-    http = _http(inflight)
+    http = _http(inflight, config)
     # Each request may ask both tiers at once, while what lost another race is still being cut off.
     executor = ThreadPoolExecutor(3 * inflight, thread_name_prefix="call")
     fallback = open_fallback(config.rules_file, config.messages_file)
@@ -75,12 +76,13 @@ def _close(http: httpx.Client, executor: ThreadPoolExecutor, watch: power.PowerW
     watch.stop()
 
 
-def _http(max_inflight: int) -> httpx.Client:
-    """One pool for both tiers."""
+def _http(max_inflight: int, config: DispatcherConfig) -> httpx.Client:
+    """One pool for both tiers, which get the key that we have."""
     limits = httpx.Limits(
         max_connections=3 * max_inflight, max_keepalive_connections=max_inflight, keepalive_expiry=_KEEP_ALIVE_S
     )
-    return httpx.Client(transport=LeashedTransport(limits), trust_env=False)
+    transport = LeashedTransport(limits, config.trusted or True)
+    return httpx.Client(transport=transport, trust_env=False, headers=config.common.api_keys.headers)
 
 
 def _series(labels: Mapping[str, str], policy: PolicyWatch, dispatcher: Dispatcher) -> Iterator[Metric]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ class DispatcherConfig:
     """Where the tiers are, where the policy comes from, and where power is read.
 
     `edge_timeout_s`: the longest the edge is waited for, whatever the deadline. `rules_file` and `messages_file` say
-    what is answered without a model; None: no rules, and the messages that we ship.
+    what is answered without a model; None: no rules, and the messages that we ship. `trusted`: whose certificates the
+    tiers may have; None: the system's authorities.
     """
 
     device_url: str
@@ -27,6 +29,7 @@ class DispatcherConfig:
     edge_timeout_s: float = 30.0
     rules_file: Path | None = None
     messages_file: Path | None = None
+    trusted: ssl.SSLContext | None = None
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -42,6 +45,7 @@ class DispatcherConfig:
             edge_timeout_s=environment.number("EDGE_TIMEOUT_MS", cls.edge_timeout_s * 1e3, 1, 600_000) / 1e3,
             rules_file=_path(environment, "RULES_FILE"),
             messages_file=_path(environment, "MESSAGES_FILE"),
+            trusted=environment.trusted(),
             common=Common.read(environment, max_inflight=64),
         )
 
