@@ -255,7 +255,8 @@ class TierClient:
             return
         if status == httpx.codes.TOO_MANY_REQUESTS:
             raise TierFailedError(f"{self.name}_busy")
-        refusal = _refusal(status, self._json(response)) if status in _CLIENT_ERRORS else None
+        at_fault = status in _CLIENT_ERRORS and status != httpx.codes.UNAUTHORIZED  # the key is ours, not the caller's
+        refusal = _refusal(status, self._json(response)) if at_fault else None
         if refusal is not None:
             raise refusal
         # A 404 without our error body comes from a gateway that has no such function.

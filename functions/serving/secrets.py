@@ -5,6 +5,7 @@ One that is missing, empty or open to others' writing stops the start with its n
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -19,12 +20,14 @@ class SecretError(Exception):
 def read_secret(setting: str, path: str) -> str:
     """The text of the file that `setting` names; raises `SecretError`.
 
+    Where that is a folder, the file of the same name in it is meant: so Knative mounts what OpenFaaS calls a secret.
     Kubernetes projects secrets as 0644 and OpenFaaS gives no choice, so that others may read them; none may write.
     """
     named = _named(setting, path)
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            mode = stat.S_IMODE(Path(path).stat().st_mode)
+        place = Path(path)
+        with (place / place.name if place.is_dir() else place).open(encoding="utf-8") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             text = file.read(_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise SecretError(f"{named} cannot be read ({_why(error)})") from None
