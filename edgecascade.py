@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
+    from deploy.local.rolling import Rolling
     from deploy.stack import Stack
     from functions.serving.keys import Keys
     from models.artifact.store import Artifact
@@ -60,7 +61,7 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home, _variants, _shared))
+        app(obj=Rooms(_smollm2, _home, _variants, _shared, _site, _whole))
     except (BenchError, ConfigError, DeployError, ModelError, SecretError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -108,6 +109,17 @@ def images(
     from deploy.images import build, engine_here
 
     build(ROOT, _stack(tuple(only or ())), engine_here(engine), platform, lambda name, line: print(f"{name} | {line}"))
+
+
+@app.command()
+def compose() -> None:
+    """Print stack.yml as a file for docker compose.
+
+    Example: edgecascade compose > deploy/compose/compose.yaml
+    """
+    from deploy.compose.render import render
+
+    print(render((ROOT / "stack.yml").read_text("utf-8")), end="")
 
 
 @app.command()
@@ -497,10 +509,10 @@ def _ensure_edge(stack: Stack) -> None:
         _build("smollm2", out, adapter if adapter.is_dir() else None, "int4", prefill=True)
 
 
-def _stack(only: tuple[str, ...], site: str = "") -> Stack:
+def _stack(only: tuple[str, ...], site: str = "", variables: Mapping[str, str] | None = None) -> Stack:
     from deploy.stack import load as load_stack
 
-    stack = load_stack(ROOT / "stack.yml", os.environ)
+    stack = load_stack(ROOT / "stack.yml", {**os.environ, **(variables or {})})
     return (stack.site(site) if site else stack).only(only)
 
 
@@ -530,6 +542,26 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
     with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
         urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
         yield Running(urls, {process.name: process.pid for process in bundle.processes})
+
+
+@contextmanager
+def _site(name: str, variables: Mapping[str, str]) -> Iterator[str]:
+    """One site of stack.yml behind a gateway of its own, for the while."""
+    stack = _stack((), name, variables)
+    _ensure_edge(stack)
+    with _started(stack) as address:
+        yield address
+
+
+@contextmanager
+def _whole() -> Iterator[Rolling]:
+    """All of stack.yml, its functions joined by the gateway, for the while."""
+    from deploy.local.rolling import Rolling
+
+    stack = _stack(())
+    _ensure_edge(stack)
+    with Rolling(stack, _settings(0), lambda _name, _line: None) as bundle:
+        yield bundle
 
 
 @contextmanager

@@ -92,6 +92,12 @@ def commands(
     return [*functions, gateway_command(ports, inherited)]
 
 
+def listed_gateway_command(replicas: Path, inherited: Mapping[str, str]) -> Command:
+    """The gateway's process where functions come and go: it finds them in a list that it reads again and again."""
+    environment = {**_base(inherited), "GATEWAY_REPLICAS": str(replicas)}
+    return Command("gateway", _words("gateway", GATEWAY_COMMAND), environment)
+
+
 def _base(inherited: Mapping[str, str]) -> dict[str, str]:
     """What a container would have too, and no more: a stray variable must not change a function."""
     return {"PYTHONUNBUFFERED": "1", **{key: value for key, value in inherited.items() if key in PASSED_ON}}
