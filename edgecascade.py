@@ -23,6 +23,7 @@ from deploy.errors import DeployError
 from functions.serving.secrets import SecretError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
+from scaler.errors import ScalerError
 
 if TYPE_CHECKING:
     from bench.bundle import Running, Variant
@@ -62,7 +63,7 @@ def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
         app(obj=Rooms(_smollm2, _home, _variants, _shared, _site, _whole))
-    except (BenchError, ConfigError, DeployError, ModelError, SecretError) as error:
+    except (BenchError, ConfigError, DeployError, ModelError, ScalerError, SecretError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -81,19 +82,41 @@ def up(
     secrets: Annotated[
         Path | None, typer.Option(help="The folder with stack.yml's secrets: keys are asked for, sealed tiers run.")
     ] = None,
+    functions: Annotated[
+        list[str] | None, typer.Argument(help="With --autoscale: those to scale; edge if none.")
+    ] = None,
+    autoscale: Annotated[bool, typer.Option("--autoscale", help="Run as many replicas as the scaler says.")] = False,
+    min_replicas: Annotated[int, typer.Option(min=0, help="0: none while nobody asks.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, max=100, help="At most so many replicas.")] = 5,
+    slo_seconds: Annotated[float, typer.Option(min=0.001, help="The latency to hold.")] = 2.0,
+    percentile: Annotated[float, typer.Option(min=0.01, max=99.99, help="For this share: 0.95, or 95.")] = 0.95,
+    cooldown: Annotated[float, typer.Option(min=0, help="Seconds without a request until there is none.")] = 60.0,
+    window: Annotated[float, typer.Option(min=0, help="Seconds that fewer must have been wanted.")] = 30.0,
+    record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
     Examples: edgecascade up --port 9000 --only dispatcher --only device
               edgecascade up --site edge --port 9000
               EDGE_URL=http://127.0.0.1:9000/function/edge edgecascade up --site device --secrets .secrets
+              edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
     """
-    from deploy.local.up import serve
+    from deploy.local.up import serve, serve_autoscaled
 
+    if functions and not autoscale:
+        _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
     stack = _stack(tuple(only or ()), site)
     if secrets is None:
         _ensure_edge(stack)
-    serve(stack, _settings(port, secrets))
+    if not autoscale:
+        serve(stack, _settings(port, secrets))
+        return
+    from deploy.local.autoscale import Autoscale, Timing
+
+    timing = Timing(cooldown_s=cooldown, down_window_s=window)
+    wanted = tuple(functions or ("edge",))
+    options = Autoscale(wanted, slo_seconds, percentile, min_replicas, max_replicas, timing, record)
+    serve_autoscaled(stack, _settings(port, secrets), options)
 
 
 @app.command()
@@ -120,6 +143,20 @@ def compose() -> None:
     from deploy.compose.render import render
 
     print(render((ROOT / "stack.yml").read_text("utf-8")), end="")
+
+
+@app.command()
+def scaler() -> None:
+    """Answer KEDA over gRPC with the replicas that hold the latency target; until SIGTERM, then drain.
+
+    Settings come from the environment: SCALER_PORT (6000), SCALER_METRICS_PORT (6001), … docs/scaling.md has them all.
+
+    Example: SCALER_REPLICAS=replicas.json edgecascade scaler
+    """
+    from scaler.server import serve
+    from scaler.settings import Settings
+
+    serve(Settings.from_environment(os.environ))
 
 
 @app.command()

@@ -37,6 +37,7 @@ COMMANDS = [
     "keys",
     "rules check",
     "rules try",
+    "scaler",
     "seal",
     "verify",
 ]

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,13 +28,14 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run the bundle. `port` 0 takes a free one."""
+    """How to run the bundle. `port` 0 takes a free one; `gateway_environment` is what the gateway is told besides."""
 
     site: Site
     port: int = 8080
     ready_timeout_s: float = READY_TIMEOUT_S
     stop_timeout_s: float = STOP_TIMEOUT_S
     inherited: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    gateway_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Bundle:
@@ -50,6 +51,7 @@ class Bundle:
         self._last_lines: dict[str, deque[str]] = {}
         self.processes: list[Process] = []
         self.ports: dict[str, int] = {}
+        self.port = 0
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -98,10 +100,12 @@ class Bundle:
             listeners["gateway"] = listen(self._settings.port)
             ports = {name: int(s.getsockname()[1]) for name, s in listeners.items()}
             gateway_port = ports.pop("gateway")
-            self.ports, self.url = ports, f"http://127.0.0.1:{gateway_port}"
+            self.ports, self.port, self.url = ports, gateway_port, f"http://127.0.0.1:{gateway_port}"
             site = self._settings.site
             for command in commands(self._stack, ports, gateway_port, site, self._settings.inherited):
-                self.processes.append(self._spawn(command, listeners))
+                more = self._settings.gateway_environment if command.name == "gateway" else {}
+                told = replace(command, environment={**command.environment, **more})
+                self.processes.append(self._spawn(told, listeners))
         finally:
             for listener in listeners.values():
                 listener.close()

@@ -2,7 +2,8 @@
 
 `/function/NAME/PATH` goes to the function, `/v1/*`, `POST /`, `/healthz` and `/openapi.json` to the dispatcher.
 As the real one it sends bodies on in chunks, adds X-Call-Id and X-Start-Time, buffers every answer, and streams only
-where Accept starts with `text/event-stream`.
+where Accept starts with `text/event-stream`. Of a function with several replicas the least busy one gets a request;
+while there is none (scaled to zero), requests are held.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+from prometheus_client import start_http_server
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Request, Response
 
 from deploy.errors import StackError
+from deploy.local.balance import Balance, Place
+from deploy.local.gateway_metrics import GatewayMetrics
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -35,9 +41,15 @@ CHUNK_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Config:
-    """Where each function listens (name → address), and the bounds of a request."""
+    """Where each function listens (name → address), and the bounds of a request.
+
+    `replicas` is the list of functions with several replicas or none (see `balance`); metrics are shown on a port of
+    their own, as the real gateway's, for requests that wait may take up all threads of the other.
+    """
 
     routes: Mapping[str, str]
+    replicas: Path | None = None
+    metrics_port: int | None = None
     front: str = "dispatcher"
     timeout_s: float = 60.0
     connect_timeout_s: float = 2.0
@@ -46,14 +58,15 @@ class Config:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Config:
-        """Read `GATEWAY_ROUTES`, `name=http://…` parted by commas; raises `StackError`."""
+        """Read `GATEWAY_ROUTES`, `name=http://…` parted by commas, and its siblings; raises `StackError`."""
         routes = {}
         for part in filter(None, environment.get("GATEWAY_ROUTES", "").split(",")):
             name, _, address = part.partition("=")
             if not name or not address.startswith(("http://", "https://")):
                 raise StackError(f"GATEWAY_ROUTES: '{part}' is not name=http://address")
             routes[name] = address
-        return cls(routes)
+        replicas, port = environment.get("GATEWAY_REPLICAS"), environment.get("GATEWAY_METRICS_PORT")
+        return cls(routes, Path(replicas) if replicas else None, int(port) if port else None)
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a fault
@@ -68,9 +81,11 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault
 class Gateway:
     """A WSGI application in front of the functions."""
 
-    def __init__(self, config: Config, client: httpx.Client) -> None:
+    def __init__(self, config: Config, client: httpx.Client, balance: Balance, metrics: GatewayMetrics) -> None:
         self._config = config
         self._client = client
+        self._balance = balance
+        self._metrics = metrics
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Forward one request."""
@@ -88,29 +103,66 @@ class Gateway:
 
     def _forward(self, request: Request, trace: Mapping[str, str]) -> Response:
         name, path = self._target(request)
-        if name not in self._config.routes:
-            known = ", ".join(self._config.routes) or "none"
+        names = self._balance.names()
+        if name not in names:
+            known = ", ".join(names) or "none"
             raise Refusal(404, "function_not_found", f"function '{name}' is not deployed here; deployed: {known}")
+        began_s = time.perf_counter()
+        self._metrics.exist(names)
+        self._metrics.started(name)
+        status = 500
+        try:
+            response = self._ask(name, path, request, trace)
+            status = response.status_code
+        except Refusal as refusal:
+            status = refusal.status
+            raise
+        finally:
+            streams = status == HTTPStatus.OK and _wants_stream(request)
+            if not streams:
+                self._metrics.ended(name, status, time.perf_counter() - began_s)
+        if streams:
+            response.call_on_close(lambda: self._metrics.ended(name, status, time.perf_counter() - began_s))
+        return response
+
+    def _ask(self, name: str, path: str, request: Request, trace: Mapping[str, str]) -> Response:
+        """Ask a replica; one that takes no connection was not asked, so that another may be."""
         body = self._body(request)
-        sent = self._client.build_request(
-            request.method,
-            self._config.routes[name] + path,
-            headers=[*_passed_on(request.headers.items()), *trace.items(), ("X-Forwarded-Host", request.host)],
-            content=_chunks(body) if body else None,
-        )
+        headers = [*_passed_on(request.headers.items()), *trace.items(), ("X-Forwarded-Host", request.host)]
+        refused: dict[str, httpx.ConnectError] = {}
+        while True:
+            place = self._balance.place(name, self._config.timeout_s, frozenset(refused))
+            if place is None:
+                raise _nobody(name, next(iter(refused.values()), None))
+            content = _chunks(body) if body else None
+            sent = self._client.build_request(request.method, place.address + path, headers=headers, content=content)
+            try:
+                return self._send(name, sent, place, streams=_wants_stream(request))
+            except httpx.ConnectError as error:
+                refused[place.address] = error
+
+    def _send(self, name: str, sent: httpx.Request, place: Place, *, streams: bool) -> Response:
+        """One exchange; the place is free when the answer has been passed on. Raises `httpx.ConnectError`."""
+        kept = False
         try:
             answer = self._client.send(sent, stream=True)
-            if request.headers.get("Accept", "").startswith("text/event-stream"):
-                return _streamed(answer)
+            if streams:
+                response = _streamed(answer)
+                response.call_on_close(place.free)
+                kept = True
+                return response
             return _buffered(answer)
+        except httpx.ConnectError:
+            raise
         except httpx.TimeoutException as error:
             raise Refusal(
                 504, "timeout", f"function '{name}' did not answer in {self._config.timeout_s:.0f} s"
             ) from error
         except httpx.TransportError as error:
-            raise Refusal(
-                502, "function_unreachable", f"function '{name}' cannot be reached; look at its log"
-            ) from error
+            raise _unreachable(name) from error
+        finally:
+            if not kept:
+                place.free()
 
     def _target(self, request: Request) -> tuple[str, str]:
         """Which function, and the path and query it sees."""
@@ -144,6 +196,22 @@ class Gateway:
         if size > limit:
             raise Refusal(413, "body_too_large", f"the body has more than {limit} bytes; send a smaller one")
         return b"".join(parts)
+
+
+def _unreachable(name: str) -> Refusal:
+    return Refusal(502, "function_unreachable", f"function '{name}' cannot be reached; look at its log")
+
+
+def _nobody(name: str, cause: httpx.ConnectError | None) -> Refusal:
+    if cause is None:
+        return Refusal(503, "no_replica", f"no replica of function '{name}' got ready in time; look at its log")
+    refusal = _unreachable(name)
+    refusal.__cause__ = cause
+    return refusal
+
+
+def _wants_stream(request: Request) -> bool:
+    return request.headers.get("Accept", "").startswith("text/event-stream")
 
 
 def _passed_on(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -195,4 +263,9 @@ def create_app(config: Config | None = None) -> WSGIApplication:
         limits=httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0),
         trust_env=False,
     )
-    return Gateway(config, client)
+    balance = Balance(config.routes, config.replicas)
+    metrics = GatewayMetrics(balance.inflight)
+    metrics.exist(balance.names())
+    if config.metrics_port is not None:
+        start_http_server(config.metrics_port, "127.0.0.1", metrics.registry)
+    return Gateway(config, client, balance, metrics)

@@ -75,13 +75,13 @@ def function_command(
         for key, value in function.with_secrets(site.secrets).environment.items()
         if key not in WATCHDOG_KEYS
     }
-    return Command(function.name, _words(function.name, function.fprocess), {**_base(inherited), **own})
+    return Command(function.name, _words(function.name, function.fprocess), {**passed_on(inherited), **own})
 
 
 def gateway_command(ports: Mapping[str, int], inherited: Mapping[str, str]) -> Command:
     """The gateway's process: it learns each function's address from `GATEWAY_ROUTES`."""
     routes = ",".join(f"{name}=http://127.0.0.1:{port}" for name, port in ports.items())
-    return Command("gateway", _words("gateway", GATEWAY_COMMAND), {**_base(inherited), "GATEWAY_ROUTES": routes})
+    return Command("gateway", _words("gateway", GATEWAY_COMMAND), {**passed_on(inherited), "GATEWAY_ROUTES": routes})
 
 
 def commands(
@@ -94,11 +94,11 @@ def commands(
 
 def listed_gateway_command(replicas: Path, inherited: Mapping[str, str]) -> Command:
     """The gateway's process where functions come and go: it finds them in a list that it reads again and again."""
-    environment = {**_base(inherited), "GATEWAY_REPLICAS": str(replicas)}
+    environment = {**passed_on(inherited), "GATEWAY_REPLICAS": str(replicas)}
     return Command("gateway", _words("gateway", GATEWAY_COMMAND), environment)
 
 
-def _base(inherited: Mapping[str, str]) -> dict[str, str]:
+def passed_on(inherited: Mapping[str, str]) -> dict[str, str]:
     """What a container would have too, and no more: a stray variable must not change a function."""
     return {"PYTHONUNBUFFERED": "1", **{key: value for key, value in inherited.items() if key in PASSED_ON}}
 

@@ -37,11 +37,12 @@ def listen(port: int = 0) -> socket.socket:
 class Process:
     """A child in a process group of its own, tied to this process's life."""
 
-    def __init__(self, command: Command, listener: socket.socket, directory: Path, sink: Sink) -> None:
+    def __init__(self, command: Command, listener: socket.socket | None, directory: Path, sink: Sink) -> None:
         self.name = command.name
         self._sink = sink
         words = list(command.words)
-        words[words.index(BIND) + 1] = f"fd://{listener.fileno()}"
+        if listener is not None:
+            words[words.index(BIND) + 1] = f"fd://{listener.fileno()}"
         self._child = subprocess.Popen(  # noqa: S603 - the words come from stack.yml
             [sys.executable, "-IS", _CHILD, str(os.getpid()), *words],
             cwd=directory,
@@ -49,10 +50,11 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(listener.fileno(),),
+            pass_fds=() if listener is None else (listener.fileno(),),
             start_new_session=True,
         )
-        listener.close()  # else callers of a dead function would hang on our copy of its socket
+        if listener is not None:
+            listener.close()  # else callers of a dead function would hang on our copy of its socket
         if self._child.stdout is None:
             raise StartError(f"{self.name} has no log to read")
         self._pump = threading.Thread(target=self._copy_log, args=(self._child.stdout,), daemon=True)

@@ -1,0 +1,68 @@
+"""Replicas as Kubernetes' API tells them. What it may do: list pods in the functions' namespace, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubernetes import client, config
+from kubernetes.config.config_exception import ConfigException
+from urllib3.exceptions import HTTPError
+
+from scaler.errors import SettingsError, SourceError
+from scaler.replicas import Found, Replica
+
+TIMEOUT_S = 3.0
+FUNCTION_PORT = 8080
+"""The watchdog's: it passes `/metrics` on to the function."""
+_OVER = frozenset({"Succeeded", "Failed"})
+
+
+class KubernetesReplicas:
+    """Pods with the label that faas-netes gives them."""
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+
+    def of(self, function: str, namespace: str) -> Found:
+        """List the function's pods; those on their way out count no more. Raises `SourceError`."""
+        try:
+            pods = self._api.list_namespaced_pod(
+                namespace,
+                label_selector=f"faas_function={function}",
+                resource_version="0",  # what the API server has in memory will do
+                _request_timeout=TIMEOUT_S,
+            )
+            return Found([_replica(pod) for pod in pods.items if not _leaves(pod)])
+        except client.ApiException as error:
+            raise SourceError(f"Kubernetes does not list the pods of '{namespace}' ({error.status})") from error
+        except (HTTPError, OSError) as error:
+            raise SourceError(f"Kubernetes' API did not answer ({type(error).__name__})") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SourceError("Kubernetes' API answered with something else than pods") from error
+
+
+def connect() -> KubernetesReplicas:
+    """By the pod's service account, else by the kubeconfig; raises `SettingsError` if there is neither."""
+    settings = client.Configuration()
+    try:
+        config.load_incluster_config(settings)
+    except ConfigException:
+        try:
+            config.load_kube_config(client_configuration=settings)
+        except (ConfigException, OSError) as error:
+            raise SettingsError(
+                "SCALER_REPLICAS is 'kubernetes', but there is neither a service account nor a kubeconfig here"
+            ) from error
+    settings.retries = 0
+    return KubernetesReplicas(client.CoreV1Api(client.ApiClient(settings)))
+
+
+def _leaves(pod: Any) -> bool:
+    return pod.metadata.deletion_timestamp is not None or pod.status.phase in _OVER
+
+
+def _replica(pod: Any) -> Replica:
+    ready = any(c.type == "Ready" and c.status == "True" for c in pod.status.conditions or ())
+    host = pod.status.pod_ip or ""
+    host = f"[{host}]" if ":" in host else host
+    return Replica(f"http://{host}:{FUNCTION_PORT}" if host else "", ready)
