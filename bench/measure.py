@@ -16,7 +16,7 @@ from bench import plot as plots
 from bench import rolling as roll
 from bench import saturation, tables
 from bench import sites as two_sites
-from bench.arms import SEQUENTIAL, TITLES, available, left_out
+from bench.arms import ARMS, SEQUENTIAL, TITLES
 from bench.bundle import Start, StartSite, StartWhole, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
 from bench.chaos import Plan, as_dict, cases
@@ -110,9 +110,8 @@ def cascade(
     as_json: bool,
 ) -> None:
     """Compare every way to join the tiers, print the table and, as the last line, JSON; raises `BenchError`."""
-    arms = available()
-    chosen = ways(arms, deadline_ms, deadlines_ms)
-    with stage_for(start, site, arms) as (stage, clients), bar("asking") as report:
+    chosen = ways(ARMS, deadline_ms, deadlines_ms)
+    with stage_for(start, site, ARMS) as (stage, clients), bar("asking") as report:
         asked = count(1)
         found = compare(stage, clients, chosen, queries, lambda: report(next(asked), len(queries), ""))
     figures = rows(found)
@@ -126,7 +125,6 @@ def cascade(
         "network_ms": site.network_ms,
         "rows": {name: f.as_dict() for name, f in figures.items()},
         "frontier": [asdict(point) for point in points],
-        "left_out": left_out(),
         "link_bytes": {"counted": found.link_bytes, "reported": found.reported_bytes},
         "verdict": verdict(figures, P99_MS, POINTS),
     }
@@ -135,8 +133,6 @@ def cascade(
         return
     title = f"{len(queries)} queries, {site.network_ms:g} ms of network, slowdown {_factors(site)}"
     terminal(stderr=False).print(tables.cascade_table(figures, TITLES, title))
-    for name in left_out():
-        print(f"not in this bundle: {name}")
 
 
 def overhead(start: Start, queries: Sequence[Query], pairs: int, rate: float, seconds: float, *, as_json: bool) -> None:

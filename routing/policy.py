@@ -82,7 +82,7 @@ class Edge:
 
     `hedge`: at most this share of requests is put to the edge because the device is slower than usual. `early`: where
     device and edge one after the other would miss the deadline, both are asked at once. `least_ms`: with less time
-    left the edge is not asked.
+    left the edge is not asked. `draft`: an escalated request takes the device's answer along, where that saves time.
     """
 
     __pydantic_config__ = _CHECKED
@@ -90,6 +90,7 @@ class Edge:
     hedge: float = 0.05
     early: bool = True
     least_ms: float = 10.0
+    draft: bool = True
 
     def __post_init__(self) -> None:
         """Refuse shares and times out of range."""

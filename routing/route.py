@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from routing.energy import Saving
 from routing.policy import Policy
 from routing.power import PowerMode
 from routing.values import CHAT, Answer, Conditions, Failure, Kind, Observed, Outcome, Pending, Request, Step
 
 _OWN_WISH = frozenset({"local_only", "requested"})
 _MOST_ATTEMPTS = 2
+_AT_HOME = frozenset(Saving) - {Saving.NO_HEDGING, Saving.EDGE}
 TIGHT = 2.0
 """A deadline is tight when the tiers one after the other would take up half of what remains."""
 
@@ -127,9 +129,9 @@ def _frame(  # noqa: PLR0911  # one line for each way that two tiers can stand
     """The smallest tier that can be trusted with the skill; the edge's answer, once there, is taken."""
     edge = _standing(observed.edge, _edge_barred(policy, conditions, request), conditions)
     if isinstance(edge, Answer):
-        return _edge_answer(request, observed)
-    if request.tier == "edge" and not isinstance(edge, Failure):
-        wanted = Step(Kind.ASK_EDGE, "edge", "edge", "requested")
+        return _edge_answer(conditions, request, observed)
+    if _is_edge_first(conditions, request, observed) and not isinstance(edge, Failure):
+        wanted = Step(Kind.ASK_EDGE, "edge", "edge", "requested" if request.tier == "edge" else "battery")
         return _wait() if edge else _ask(Kind.ASK_EDGE, wanted, observed.edge)
     device = _standing(observed.device, _device_barred(conditions), conditions)
     if device is None:
@@ -138,7 +140,7 @@ def _frame(  # noqa: PLR0911  # one line for each way that two tiers can stand
     if isinstance(device, Pending):
         return _wait() if edge else _while_device_works(policy, conditions, request, device, observed.edge)
     if isinstance(device, Answer):
-        return _device_answer(policy, request, device, edge, observed.edge)
+        return _device_answer(policy, conditions, request, device, edge, observed.edge)
     if isinstance(edge, Failure):
         return _fall_back(device)
     return _wait() if edge else _ask(Kind.ASK_EDGE, Step(Kind.ASK_EDGE, "edge", "edge", device.reason), observed.edge)
@@ -172,10 +174,18 @@ def _is_early(policy: Policy, conditions: Conditions, request: Request, device: 
     return sequential_ms * (TIGHT if poor else 1.0) >= conditions.remaining_ms
 
 
-def _edge_answer(request: Request, observed: Observed) -> Step:
+def _is_edge_first(conditions: Conditions, request: Request, observed: Observed) -> bool:
+    """Whether the edge is asked before the device: by request, or because that costs the battery less."""
+    is_cheaper = conditions.saving is Saving.EDGE and request.tier == "auto" and observed.device is None
+    return request.tier == "edge" or is_cheaper
+
+
+def _edge_answer(conditions: Conditions, request: Request, observed: Observed) -> Step:
     if isinstance(observed.device, Answer):
         return Step(Kind.ANSWER, "edge", "escalated", "low_confidence")
     reason = "requested" if request.tier == "edge" else "device_unavailable"
+    if _is_edge_first(conditions, request, observed) and request.tier != "edge":
+        reason = "battery"
     if isinstance(observed.device, Failure):
         reason = observed.device.reason
     if isinstance(observed.device, Pending):
@@ -184,7 +194,12 @@ def _edge_answer(request: Request, observed: Observed) -> Step:
 
 
 def _device_answer(
-    policy: Policy, request: Request, device: Answer, edge: Failure | Pending | None, before: Outcome | None
+    policy: Policy,
+    conditions: Conditions,
+    request: Request,
+    device: Answer,
+    edge: Failure | Pending | None,
+    before: Outcome | None,
 ) -> Step:
     """The device answered: reply with it, ask or await the edge, or reply with it for want of the edge."""
     if request.tier == "device":
@@ -192,6 +207,8 @@ def _device_answer(
     confident = (device.confidence or 0.0) >= threshold_of(policy, request, device.threshold)
     if confident and request.tier == "auto":
         return Step(Kind.ANSWER, "device", "device", "confident")
+    if edge is None and request.tier == "auto" and conditions.saving in _AT_HOME:
+        return _without_edge(Step(Kind.ANSWER, "device", "device", ""), Failure("battery"))
     if edge is None:
         return _ask(Kind.ASK_EDGE, Step(Kind.ASK_EDGE, "edge", "escalated", "low_confidence"), before)
     if isinstance(edge, Pending):

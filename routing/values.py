@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from routing.energy import Saving
 from routing.power import Power
 
 CHAT = "chat"
@@ -19,7 +20,8 @@ class Conditions:
 
     `device_ms` and `edge_ms` are how long the tiers may take (the edge with its network), `slow_device_ms` is what the
     device seldom exceeds, `least_edge_ms` what the edge seldom falls below; None: not known yet.
-    `may_hedge` and `may_retry`: the budgets have something left.
+    `may_hedge` and `may_retry`: the budgets have something left. `saving`: what costs the battery least while it is to
+    be saved; None: not known.
     """
 
     device_up: bool = True
@@ -32,6 +34,7 @@ class Conditions:
     least_edge_ms: float | None = None
     may_hedge: bool = False
     may_retry: bool = False
+    saving: Saving | None = None
 
 
 @dataclass(frozen=True)

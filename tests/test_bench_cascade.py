@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import overhead, plot, tables
-from bench.arms import ARMS, TITLES, Arm, available, left_out
+from bench.arms import ARMS, TITLES, Arm
 from bench.bundle import Variant
 from bench.cascade import (
     Asker,
@@ -25,7 +25,7 @@ from bench.cascade import (
     ways,
 )
 from bench.client import Client, reply
-from bench.errors import BenchError, ServiceError
+from bench.errors import ServiceError
 from bench.flood import Flood, request
 from bench.metrics import Outcome, row
 from bench.slow_tiers import Site, slowed_to, solve
@@ -75,20 +75,15 @@ def test_a_routers_own_time_is_what_the_parts_leave():
 
 
 def test_each_way_has_its_deadline():
-    chosen = ways(
-        [Arm("device", "d", "device", {}, hurried=False), Arm("hedged", "h", environment={})], 80, [60, 100.5]
-    )
+    chosen = ways([Arm("device", "d", {}, "device", hurried=False), Arm("hedged", "h", {})], 80, [60, 100.5])
     assert [(w.name, w.deadline_ms) for w in chosen] == [
         ("device", None), ("hedged", 80), ("hedged@60", 60), ("hedged@100.5", 100.5),
     ]  # fmt: skip
 
 
-def test_each_arm_is_titled_once_and_either_there_or_left_out():
-    assert len({arm.name for arm in ARMS}) == len(ARMS)
-    assert {arm.title for arm in available()} | set(left_out()) == {arm.title for arm in ARMS}
+def test_each_arm_is_named_and_titled_once():
+    assert len({arm.name for arm in ARMS}) == len(ARMS) == len({arm.title for arm in ARMS})
     assert {arm.name for arm in ARMS} < set(TITLES)
-    with pytest.raises(BenchError, match="has no magic"):
-        Arm("magic", "magic").variant  # noqa: B018
 
 
 @given(st.floats(0.5, 50), st.floats(0.5, 50), st.floats(60, 500))
@@ -118,9 +113,8 @@ def test_trials_on_a_running_bundle_give_a_site():
 
 @pytest.fixture(scope="module")
 def compared():
-    arms = available()
-    with stage_for(start_here, Site(network_ms=2.0), arms) as (stage, clients):
-        return compare(stage, clients, ways(arms, 500.0, [1.0, 5000.0]), QUERIES)
+    with stage_for(start_here, Site(network_ms=2.0), ARMS) as (stage, clients):
+        return compare(stage, clients, ways(ARMS, 500.0, [1.0, 5000.0]), QUERIES)
 
 
 def test_rows_of_every_way_of_chance_and_of_the_oracle(compared):

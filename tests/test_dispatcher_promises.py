@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from flask.testing import FlaskClient
 
-from functions.dispatcher.leash import LeashedTransport
+from functions.dispatcher.call import TierFailedError
+from functions.dispatcher.exchange import Traffic
 from functions.dispatcher.policy_file import PolicySource
 from functions.dispatcher.power import PowerConfig
-from functions.dispatcher.tier_client import Target, TierClient, TierFailedError, Traffic
+from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.ask import Ask, Message, Shape
 from tests.fakes import (
     CALIBRATION,
@@ -35,74 +32,9 @@ from tests.fakes import (
     user,
     wait_until,
 )
+from tests.raw_peer import Peer, listening, silent
 
 CHAT = "/v1/chat/completions"
-
-
-@dataclass
-class Peer:
-    """A server that counts what it is sent and plays its part with each connection."""
-
-    serve: Callable[[socket.socket, Peer], None]
-    received: int = 0
-    connections: int = 0
-    closed: int = 0
-    stopping: threading.Event = field(default_factory=threading.Event)
-
-    def read(self, connection: socket.socket) -> bytes:
-        """One whole request; nothing once the other side has closed."""
-        data = b""
-        while not data or len(data) < request_bytes(data):
-            part = connection.recv(65_536)
-            self.received += len(part)
-            if not part:
-                return b""
-            data += part
-        return data
-
-
-def request_bytes(begun: bytes) -> float:
-    """How long a request is, as far as it can be told from its beginning."""
-    head, met, _ = begun.partition(b"\r\n\r\n")
-    length = re.search(rb"(?i)^content-length: (\d+)", head, re.MULTILINE)
-    return len(head) + len(met) + int(length[1] if length else 0) if met else math.inf
-
-
-@contextmanager
-def listening(serve: Callable[[socket.socket, Peer], None]) -> Iterator[tuple[str, Peer]]:
-    peer = Peer(serve)
-
-    def handle(connection: socket.socket) -> None:
-        with connection:
-            try:
-                serve(connection, peer)
-            except OSError:
-                pass
-            finally:
-                peer.closed += 1
-
-    def accept(server: socket.socket) -> None:
-        while not peer.stopping.is_set():
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            peer.connections += 1
-            threading.Thread(target=handle, args=(connection,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=accept, args=(server,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.getsockname()[1]}", peer
-        finally:
-            peer.stopping.set()
-            server.shutdown(socket.SHUT_RDWR)
-
-
-def silent(connection: socket.socket, peer: Peer) -> None:
-    """Take everything and say nothing: a stopped process, or a black hole."""
-    while peer.read(connection):
-        pass
 
 
 def resetting(connection: socket.socket, peer: Peer) -> None:
@@ -434,8 +366,7 @@ def test_the_devices_pieces_are_shown_as_they_come(start: ExitStack) -> None:
 
 def test_a_question_for_which_no_time_is_left_fails_in_time_and_leaves_no_connection(start: ExitStack) -> None:
     url, peer = start.enter_context(listening(silent))
-    http = start.enter_context(httpx.Client(transport=LeashedTransport(httpx.Limits()), trust_env=False))
-    client = TierClient(Target("device", url, 5.0), http)
+    client = TierClient(Target("device", url, 5.0))
     ask = Ask(Shape.CHAT, "device", "assistant", messages=(Message("user", "hello"),))
     with pytest.raises(TierFailedError) as failure:
         client.ask(ask, -0.01, Traffic())

@@ -39,6 +39,19 @@ def test_what_is_found_belongs_to_just_these_ids(prompts: list[list[int]], capac
         assert len(held.find([*ids, 9])) == whole, "what was just stored is there, and never an end without beginning"
 
 
+def test_what_nobody_used_for_long_is_forgotten() -> None:
+    now = [0.0]
+    held: PrefixCache[tuple[int, ...]] = PrefixCache(1000, 10, BLOCK, retention_s=60, clock=lambda: now[0])
+    remember(held, [1, 2, 3, 4])
+    now[0] = 50
+    assert len(held.find([1, 2, 9])) == 1
+    now[0] = 100
+    assert len(held.find([1, 2, 3, 4, 9])) == 1, "its beginning was used since, its end was not"
+    now[0] = 161
+    assert held.find([1, 2, 9]) == []
+    assert held.stats.held_bytes == 0
+
+
 @given(prompts=PROMPTS)
 def test_without_want_of_room_nothing_is_forgotten(prompts: list[list[int]]) -> None:
     held, known = cache(1000), set[tuple[int, ...]]()

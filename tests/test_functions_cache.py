@@ -16,12 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from functions.dispatcher.app import create_app as create_dispatcher
 from functions.dispatcher.cache import similarity
 from functions.dispatcher.cache.answers import AnswerCache, CacheRules, Caller, Given
+from functions.dispatcher.cache.config import CacheConfig
 from functions.dispatcher.cache.memory import MemoryStore
 from functions.dispatcher.cache.service import CachedService, add_conversation_routes, purge_regularly
 from functions.dispatcher.cache.sqlite import SqliteStore
 from functions.dispatcher.cache.store import AnswerStore, Bounds, Entry, Held
+from functions.dispatcher.config import DispatcherConfig
 from functions.serving.answering import add_routes
 from functions.serving.ask import Ask, Clocked, Message, Sampling, Shape
 from functions.serving.events import End, Event, Events, Piece, Report, Start, Usage
@@ -29,7 +32,7 @@ from functions.serving.replies import ModelEntry
 from functions.serving.settings import Common, ConfigError
 from functions.serving.web import Site, create_base
 from models.runtime.tier import Tool, ToolUse
-from tests.fakes import SECRET_WORD, read_sse, user, wait_until
+from tests.fakes import SECRET_WORD, FakeTier, card, dispatcher_app, read_sse, served, tier_app, user, wait_until
 
 CHAT = "/v1/chat/completions"
 MakeStore = Callable[[Bounds], AnswerStore]
@@ -621,3 +624,39 @@ def test_no_tenant_ever_sees_anothers_answer(requests: list[tuple[str, str, str]
         if hit is not None:
             assert hit.given.text == f"for {tenant} with {key}"
         cache.keep(caller, asked, Given(f"for {tenant} with {key}", "edge"))
+
+
+# In the dispatcher.
+
+
+def test_the_dispatcher_keeps_answers_where_its_settings_say_so(tmp_path: Path) -> None:
+    values = {"DEVICE_URL": "http://d", "EDGE_URL": "http://e", "CACHE_ENTRIES": "10", "CACHE_ALIKE_ABOVE": "0.9"}
+    config = DispatcherConfig.from_environment({**values, "CACHE_PATH": str(tmp_path / "answers.db")})
+    edge = FakeTier(card("edge"))
+    with served(tier_app(FakeTier(card("device")))) as device_url, served(tier_app(edge)) as edge_url:
+        app = create_dispatcher(replace(config, device_url=device_url, edge_url=edge_url))
+        client = app.test_client()
+        assert [source(post(client, "how are you?")) for _ in range(2)] == ["edge", "cache"]
+        assert source(post(client, "how are you?", X_Conversation_Id="c")) == "cache"
+        assert source(post(client, "who are you?", X_Conversation_Id="c")) == "edge"
+        headers = {"X-Tenant": "anna"}
+        assert client.delete("/v1/conversations/c", headers=headers).json["deleted"] == 1
+        assert source(post(client, "who are you?")) == "edge"
+        assert len(edge.prompts) == 3
+    plain = dispatcher_app("http://127.0.0.1:1", "http://127.0.0.1:2").test_client()
+    assert plain.delete("/v1/conversations/c", headers=headers).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("CACHE_ENTRIES", "-1"), ("CACHE_RETENTION_S", "nan"), ("CACHE_ALIKE_ABOVE", "2"), ("CACHE_X", "1")],
+)
+def test_bad_settings_are_named(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        DispatcherConfig.from_environment({"DEVICE_URL": "http://d", "EDGE_URL": "http://e", key: value})
+
+
+def test_a_file_that_cannot_be_a_cache_stops_the_start(tmp_path: Path) -> None:
+    config = CacheConfig(entries=1, path=tmp_path / "missing" / "answers.db")
+    with pytest.raises(ConfigError, match="cannot be used as a cache"):
+        config.open()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
 from functions.dispatcher.breaker import Breaker
-from functions.dispatcher.tier_client import Target, TierClient, TierFailedError, Traffic
+from functions.dispatcher.call import Happening, TierFailedError, poll
+from functions.dispatcher.exchange import Traffic
+from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.ask import Ask, Message, Shape
 from functions.serving.errors import RefusedError
 from models.runtime.tier import Chat, SkillQuery
@@ -31,9 +35,9 @@ from tests.fakes import (
     user,
     wait_until,
 )
+from tests.raw_peer import Peer, listening, replying, silent
 
 CHAT = "/v1/chat/completions"
-Respond = Callable[[httpx.Request], httpx.Response]
 
 
 @dataclass
@@ -276,114 +280,157 @@ def test_the_cascade_counts_what_it_did(bundle: Bundle) -> None:
     assert 'edgecascade_network_seconds_bucket{le="0.08"' in text
 
 
-# One tier at a time, behind a transport that plays its part.
+# One tier at a time, played by raw bytes.
 
 
-def tier_client(respond: Respond, breaker: Breaker | None = None) -> TierClient:
-    http = httpx.Client(transport=httpx.MockTransport(respond))
-    return TierClient(Target("edge", "http://edge/function/edge", 5), http, breaker)
+@pytest.fixture
+def plays() -> Iterator[Callable[..., tuple[str, Peer]]]:
+    with ExitStack() as stack:
+        yield lambda part: stack.enter_context(listening(part))
 
 
 ASK = Ask(Shape.CHAT, "auto", "assistant", (Message("user", "hi"),))
 
 
+def edge_at(url: str, breaker: Breaker | None = None, timeout_s: float = 5) -> TierClient:
+    return TierClient(Target("edge", f"{url}/function/edge", timeout_s), breaker)
+
+
+def answer(client: TierClient, remaining_s: float = 1.0, traffic: Traffic | None = None) -> Happening:
+    """What comes of one question; raises what went wrong."""
+    call = client.ask(ASK, remaining_s, traffic or Traffic())
+    ends = time.monotonic() + 10
+    while not (told := list(call.news())):
+        assert time.monotonic() < ends
+        poll([call], ends, time.monotonic())
+    if isinstance(told[-1], Exception):
+        raise told[-1]
+    return told[-1]
+
+
+def failure_of(client: TierClient, remaining_s: float = 1.0, traffic: Traffic | None = None) -> TierFailedError:
+    with pytest.raises(TierFailedError) as failure:
+        answer(client, remaining_s, traffic)
+    return failure.value
+
+
 @pytest.mark.parametrize(
-    ("response", "reason"),
+    ("part", "reason"),
     [
-        (httpx.Response(500, json={"error": {"message": "x"}}), "edge_error"),
-        (httpx.Response(503, text="no endpoints"), "edge_unavailable"),
-        (httpx.Response(502), "edge_unavailable"),
-        (httpx.Response(404, text="404 page not found"), "edge_unavailable"),
-        (httpx.Response(429, json={"error": {"message": "x"}}), "edge_busy"),
-        (httpx.Response(200, text="<html>"), "edge_error"),
-        (httpx.Response(200, json=[]), "edge_error"),
-        (httpx.Response(200, json={"choices": []}), "edge_error"),
-        (httpx.Response(302, headers={"Location": "http://elsewhere/"}), "edge_error"),
+        (replying(500, b'{"error": {"message": "x"}}'), "edge_error"),
+        (replying(503, b"no endpoints"), "edge_unavailable"),
+        (replying(502), "edge_unavailable"),
+        (replying(404, b"404 page not found"), "edge_unavailable"),
+        (replying(429, b'{"error": {"message": "x"}}'), "edge_busy"),
+        (replying(200, b"<html>"), "edge_error"),
+        (replying(200, b"[]"), "edge_error"),
+        (replying(200, b'{"choices": []}'), "edge_error"),
+        (replying(302, b"", "Location: http://elsewhere/"), "edge_error"),
     ],
 )
-def test_failures_have_a_reason(response: httpx.Response, reason: str) -> None:
-    with pytest.raises(TierFailedError) as failure:
-        tier_client(lambda _request: response).ask(ASK, 1, Traffic())
-    assert failure.value.reason == reason
+def test_failures_have_a_reason(plays: Any, part: Any, reason: str) -> None:
+    url, _ = plays(part)
+    failure = failure_of(edge_at(url))
+    assert (failure.reason, failure.retriable) == (reason, False)
+
+
+def closing(connection: socket.socket, peer: Peer) -> None:
+    peer.read(connection)
+
+
+def half(connection: socket.socket, peer: Peer) -> None:
+    peer.read(connection)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+
+
+@pytest.mark.parametrize("part", [closing, half])
+def test_a_broken_connection_may_be_tried_again(plays: Any, part: Any) -> None:
+    url, _ = plays(part)
+    failure = failure_of(edge_at(url))
+    assert (failure.reason, failure.retriable) == ("edge_unavailable", True)
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (httpx.ReadTimeout("x"), "deadline"),
-        (httpx.PoolTimeout("x"), "deadline"),
-        (httpx.ConnectError("x"), "edge_unavailable"),
-        (httpx.ConnectTimeout("x"), "edge_unavailable"),
-        (httpx.ReadError("x"), "edge_unavailable"),
-        (httpx.RemoteProtocolError("x"), "edge_unavailable"),
-    ],
+    ("remaining_s", "timeout_s", "reason"),
+    [(0.05, 5, "deadline"), (1, 0.05, "edge_timeout"), (0, 5, "deadline"), (-1, 5, "deadline")],
 )
-def test_broken_connections_have_a_reason(error: Exception, reason: str) -> None:
-    def respond(_request: httpx.Request) -> httpx.Response:
-        raise error
-
-    with pytest.raises(TierFailedError) as failure:
-        tier_client(respond).ask(ASK, 1, Traffic())
-    assert failure.value.reason == reason
+def test_a_silent_tier_is_waited_for_as_long_as_it_may_take(
+    plays: Any, remaining_s: float, timeout_s: float, reason: str
+) -> None:
+    url, _ = plays(silent)
+    assert failure_of(edge_at(url, timeout_s=timeout_s), remaining_s).reason == reason
 
 
-def test_a_refusal_keeps_status_and_field() -> None:
-    body = {"error": {"message": "too long", "type": "x", "param": "messages", "code": "context_length_exceeded"}}
+def test_nobody_there_is_a_tier_that_is_unavailable() -> None:
+    for url in (f"http://127.0.0.1:{free_port()}", "http://no-such-host.invalid"):
+        client = edge_at(url)
+        failure = failure_of(client)
+        assert (failure.reason, failure.retriable) == ("edge_unavailable", False)
+        assert client.breaker.is_open
+
+
+def test_a_refusal_keeps_status_and_field(plays: Any) -> None:
+    error = {"message": "too long", "type": "x", "param": "messages", "code": "context_length_exceeded"}
+    url, _ = plays(replying(400, json.dumps({"error": error}).encode()))
     with pytest.raises(RefusedError) as refusal:
-        tier_client(lambda _request: httpx.Response(400, json=body)).ask(ASK, 1, Traffic())
+        answer(edge_at(url))
     assert (refusal.value.status, refusal.value.param) == (400, "messages")
 
 
-def test_the_tier_gets_less_time_than_is_left_and_our_limit_holds() -> None:
-    seen: list[httpx.Request] = []
-
-    def respond(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
-        return httpx.Response(503)
-
-    client = tier_client(respond)
+def test_the_tier_gets_less_time_than_is_left_and_our_limit_holds(plays: Any) -> None:
+    url, peer = plays(replying(503))
     for remaining_s in (0.2, 60.0):
-        with pytest.raises(TierFailedError):
-            client.ask(ASK, remaining_s, Traffic())
-    short, capped = (float(request.headers["X-Deadline-Ms"]) for request in seen)
+        failure_of(edge_at(url), remaining_s)
+    granted = [re.search(rb"(?i)x-deadline-ms: ([\d.]+)", request) for request in peer.requests]
+    short, capped = (float(found[1]) for found in granted if found)
     assert short == pytest.approx(190)
     assert capped == pytest.approx(4950)
-    assert seen[0].extensions["timeout"]["read"] == 0.2
-    assert str(seen[0].url) == "http://edge/function/edge/v1/chat/completions"
+    assert peer.paths == ["/function/edge" + CHAT] * 2
 
 
-def test_a_refused_connection_opens_the_breaker_and_only_a_probe_closes_it() -> None:
-    now, alive, calls = 0.0, False, list[str]()
+def test_connections_are_kept_and_one_that_was_closed_is_not_used_again(plays: Any) -> None:
+    url, peer = plays(replying(500))
+    client = edge_at(url)
+    for _ in range(2):
+        failure_of(client)
+    assert peer.connections == 1
 
-    def respond(request: httpx.Request) -> httpx.Response:
-        calls.append(request.url.path)
-        if not alive:
-            raise httpx.ConnectError("refused")
-        return httpx.Response(200, json={"status": "ok"})
+    def once(connection: socket.socket, peer: Peer) -> None:
+        peer.read(connection)
+        connection.sendall(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")
 
-    http = httpx.Client(transport=httpx.MockTransport(respond))
-    probe = TierClient(Target("edge", "http://edge", 5), http)._probe
-    breaker = Breaker(probe, interval_s=1, clock=lambda: now, start=lambda work: work())
-    client = TierClient(Target("edge", "http://edge", 5), http, breaker)
+    url, peer = plays(once)
+    client = edge_at(url)
+    for number in range(2):
+        assert failure_of(client).reason == "edge_error"
+        wait_until(lambda number=number: peer.closed == number + 1)
+    assert peer.connections == 2
+
+
+def test_a_refused_connection_opens_the_breaker_and_only_a_probe_closes_it(plays: Any) -> None:
+    now, port = 0.0, free_port()
+    url = f"http://127.0.0.1:{port}"
+    breaker = Breaker(edge_at(url).probe, interval_s=1, clock=lambda: now, start=lambda work: work())
+    client = edge_at(url, breaker)
     assert client.is_up()
-    with pytest.raises(TierFailedError):
-        client.ask(ASK, 1, Traffic())
+    assert failure_of(client).reason == "edge_unavailable"
     assert [client.is_up() for _ in range(3)] == [False] * 3
-    assert calls == [CHAT]
     now = 1.0
-    assert [client.is_up() for _ in range(3)] == [False] * 3
-    assert calls == [CHAT, "/_/ready"]
-    now, alive = 2.0, True
-    assert not client.is_up()
-    assert client.is_up()
+    assert [client.is_up() for _ in range(3)] == [False] * 3, "the probe found nobody"
+    with listening(replying(200, b"{}"), port) as (_, peer):
+        assert [client.is_up() for _ in range(3)] == [False] * 3, "and is not sent again at once"
+        now = 2.0
+        assert [client.is_up(), client.is_up()] == [False, True]
+        assert peer.paths == ["/function/edge/_/ready"]
 
 
-def test_bytes_are_counted_with_headers() -> None:
+def test_bytes_are_counted_with_headers(plays: Any) -> None:
+    url, peer = plays(replying(503, b"x" * 1000))
     traffic = Traffic()
-    with pytest.raises(TierFailedError):
-        tier_client(lambda _request: httpx.Response(503, text="x" * 1000)).ask(ASK, 1, traffic)
-    assert traffic.sent > 150
-    assert traffic.received > 15
+    failure_of(edge_at(url), traffic=traffic)
+    assert traffic.sent == len(peer.requests[0])
+    assert traffic.received == len("HTTP/1.1 503 X\r\nContent-Length: 1000\r\n\r\n") + 1000
+    assert traffic.seconds > 0
 
 
 def test_prompts_answers_and_keys_stay_out_of_logs_metrics_and_errors(

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from functions.dispatcher.budget import Budget
 from routing import Answer, Conditions, Failure, Kind, Observed, Outcome, Pending, Policy, Request, Step, route
+from routing.energy import Saving
 from routing.policy import Edge
 from routing.power import Power, PowerMode
 
@@ -31,6 +32,7 @@ class Requests(RuleBasedStateMachine):
         self.requests = self.spent_retries = self.spent_hedges = 0
         self.now_ms, self.mode, self.up = 0.0, PowerMode.NORMAL, {"device": True, "edge": True}
         self.request: Request | None = None
+        self.saving: Saving | None = None
 
     @precondition(lambda self: self.request is None)
     @rule(
@@ -81,9 +83,9 @@ class Requests(RuleBasedStateMachine):
         self.forecasts["device"] = forecast
         self.drive()
 
-    @rule(mode=st.sampled_from(PowerMode))
-    def power_changes(self, mode: PowerMode) -> None:
-        self.mode = mode
+    @rule(mode=st.sampled_from(PowerMode), saving=st.none() | st.sampled_from(Saving))
+    def power_changes(self, mode: PowerMode, saving: Saving | None) -> None:
+        self.mode, self.saving = mode, saving
         if self.request is not None:
             self.drive()
 
@@ -109,6 +111,7 @@ class Requests(RuleBasedStateMachine):
             edge_ms=70,
             may_hedge=self.hedges.available,
             may_retry=self.retries.available,
+            saving=self.saving if self.mode is PowerMode.SAVE else None,
         )
 
     def drive(self) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing import Answer, Conditions, Failure, Kind, Observed, Outcome, Pending, Policy, Request, Step, route
+from routing.energy import Saving
 from routing.policy import Edge
 from routing.power import Power, PowerMode
 
@@ -62,6 +63,8 @@ def parse_conditions(cell: str) -> tuple[Policy, Conditions]:
             policy = Policy(edge=Edge(early=value == "yes"))
         elif key == "local_only":
             policy = Policy(local_only_skills=frozenset({value}))
+        elif key == "saving":
+            values |= {"power": Power(PowerMode.SAVE), "saving": Saving[value.upper()]}
         elif key in {"save", "critical"}:
             values["power"] = Power(PowerMode(key))
         elif value:
@@ -128,6 +131,7 @@ conditions_ = st.builds(
     least_edge_ms=times_ms,
     may_hedge=st.booleans(),
     may_retry=st.booleans(),
+    saving=st.none() | st.sampled_from(Saving),
 )
 requests_ = st.builds(
     Request,

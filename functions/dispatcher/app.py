@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 from flask import Flask
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from functions.dispatcher import power
+from functions.dispatcher.cache.service import CachedService, add_conversation_routes, purge_regularly
 from functions.dispatcher.config import DispatcherConfig
 from functions.dispatcher.dispatch import Dispatcher
 from functions.dispatcher.fallbacks import open_fallback
 from functions.dispatcher.latency import LatencyGuard, LatencyWatch
-from functions.dispatcher.leash import LeashedTransport
 from functions.dispatcher.policy_file import PolicyWatch
+from functions.dispatcher.savings import Savings
 from functions.dispatcher.tier_client import Target, TierClient
-from functions.serving.answering import add_routes
+from functions.serving.answering import Service, add_routes
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.web import EXTENSION, Site, create_base
 
 _NAME = "dispatcher"
-_KEEP_ALIVE_S = 30.0
+_PURGE_EVERY_S = 60.0
 
 
 def create_app(config: DispatcherConfig | None = None) -> Flask:
@@ -41,18 +41,15 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     policy = PolicyWatch(config.policy)
     watch = config.power.watch(lambda: policy.policy().power_limits)
     site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
-    inflight = config.common.max_inflight
-    http = _http(inflight, config)
-    # Each request may ask both tiers at once, while what lost another race is still being cut off.
-    executor = ThreadPoolExecutor(3 * inflight, thread_name_prefix="call")
     fallback = open_fallback(config.rules_file, config.messages_file)
+    key = config.common.api_keys.headers
     dispatcher = Dispatcher(
         policy=policy.policy,
-        device=TierClient(Target("device", config.device_url, config.common.deadline_s), http),
-        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s), http),
+        device=TierClient(Target("device", config.device_url, config.common.deadline_s, key, config.trusted)),
+        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s, key, config.trusted)),
         node_id=config.common.node_id,
-        executor=executor,
         power=watch.power,
+        savings=Savings(config.power.figures, time.monotonic),
         fallback=fallback,
     )
     site.metrics.add(power.series(watch.power))
@@ -60,29 +57,18 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     watch.listen(dispatcher.wake)
     watch.start()
     app = create_base(site, site.drain)
+    service: Service = dispatcher
     ceiling = policy.policy().latency.limits
-    watched = (
-        LatencyGuard(dispatcher, LatencyWatch(ceiling), fallback, config.common.node_id) if ceiling else dispatcher
-    )
-    add_routes(app, site, watched)
-    weakref.finalize(app, _close, http, executor, watch)
+    if ceiling:
+        service = LatencyGuard(service, LatencyWatch(ceiling), fallback, config.common.node_id)
+    cache = config.cache.open()
+    if cache:
+        service = CachedService(service, cache, config.common.node_id)
+        add_conversation_routes(app, [cache])
+        weakref.finalize(app, purge_regularly(cache, _PURGE_EVERY_S))
+    add_routes(app, site, service)
+    weakref.finalize(app, watch.stop)  # nobody has the app any more
     return app
-
-
-def _close(http: httpx.Client, executor: ThreadPoolExecutor, watch: power.PowerWatch) -> None:
-    """Nobody has the app any more: let go of connections and threads."""
-    executor.shutdown(wait=False, cancel_futures=True)
-    http.close()
-    watch.stop()
-
-
-def _http(max_inflight: int, config: DispatcherConfig) -> httpx.Client:
-    """One pool for both tiers, which get the key that we have."""
-    limits = httpx.Limits(
-        max_connections=3 * max_inflight, max_keepalive_connections=max_inflight, keepalive_expiry=_KEEP_ALIVE_S
-    )
-    transport = LeashedTransport(limits, config.trusted or True)
-    return httpx.Client(transport=transport, trust_env=False, headers=config.common.api_keys.headers)
 
 
 def _series(labels: Mapping[str, str], policy: PolicyWatch, dispatcher: Dispatcher) -> Iterator[Metric]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from functions.dispatcher.cache.config import CacheConfig
 from functions.dispatcher.policy_file import PolicySource
 from functions.dispatcher.power import PowerConfig
 from functions.serving.settings import Common, Environment
@@ -18,8 +19,8 @@ class DispatcherConfig:
     """Where the tiers are, where the policy comes from, and where power is read.
 
     `edge_timeout_s`: the longest the edge is waited for, whatever the deadline. `rules_file` and `messages_file` say
-    what is answered without a model; None: no rules, and the messages that we ship. `trusted`: whose certificates the
-    tiers may have; None: the system's authorities.
+    what is answered without a model; None: no rules, and the messages that we ship. `cache`: answers given before.
+    `trusted`: whose certificates the tiers may have; None: the system's authorities.
     """
 
     device_url: str
@@ -29,6 +30,7 @@ class DispatcherConfig:
     edge_timeout_s: float = 30.0
     rules_file: Path | None = None
     messages_file: Path | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
     trusted: ssl.SSLContext | None = None
     common: Common = field(default_factory=Common)
 
@@ -45,6 +47,7 @@ class DispatcherConfig:
             edge_timeout_s=environment.number("EDGE_TIMEOUT_MS", cls.edge_timeout_s * 1e3, 1, 600_000) / 1e3,
             rules_file=_path(environment, "RULES_FILE"),
             messages_file=_path(environment, "MESSAGES_FILE"),
+            cache=CacheConfig.read(environment),
             trusted=environment.trusted(),
             common=Common.read(environment, max_inflight=64),
         )

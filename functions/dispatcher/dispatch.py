@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from queue import Empty, SimpleQueue
+from functools import cached_property
 
+from functions.dispatcher.bell import Bell
 from functions.dispatcher.budget import Budget
-from functions.dispatcher.call import Call, Happening, Inbox
+from functions.dispatcher.call import Call, Happening, TierFailedError, poll
+from functions.dispatcher.drafting import Drafting
 from functions.dispatcher.fallbacks import Fallback, events_of, open_fallback, piece_of, report_of
-from functions.dispatcher.ledger import Ledger
-from functions.dispatcher.tier_client import TierClient, TierFailedError
+from functions.dispatcher.ledger import Entry, Ledger
+from functions.dispatcher.savings import Savings
+from functions.dispatcher.tier_client import TierClient
 from functions.dispatcher.wire import TierReply
 from functions.serving.ask import CHAT, Ask, Clocked, Message, Shape
 from functions.serving.errors import ClientLeftError, RefusedError
@@ -33,6 +36,7 @@ from routing import (
     route,
     threshold_of,
 )
+from routing.energy import Figures, Saving
 from routing.policy import OnEscalation
 from routing.power import Power, PowerMode
 from routing.route import TIGHT
@@ -49,21 +53,22 @@ _LOOK_EVERY_S = 0.25
 class Dispatcher:
     """The two tiers and the policy between them.
 
-    `executor` runs the calls of tiers. `power` tells how things stand for a request with that battery level, or none;
-    `wake` is to be called when that has changed.
+    `power` tells how things stand for a request with that battery level, or none; `wake` is to be called when that has
+    changed.
     """
 
     policy: Callable[[], Policy]
     device: TierClient
     edge: TierClient
     node_id: str
-    executor: Executor
     power: Callable[[float | None], Power] = lambda _level: Power()
     fallback: Fallback = field(default_factory=open_fallback)
     clock: Callable[[], float] = time.monotonic
     retries: Budget = field(default_factory=Budget)
     hedges: Budget = field(default_factory=Budget)
-    waiting: set[Inbox] = field(default_factory=set)
+    savings: Savings = field(default_factory=lambda: Savings(Figures(), time.monotonic))
+    drafting: Drafting = field(default_factory=Drafting)
+    waiting: set[Bell] = field(default_factory=set)
 
     def check(self, ask: Ask) -> None:
         """Refuse a model that is none of ours."""
@@ -73,19 +78,20 @@ class Dispatcher:
 
     def events(self, ask: Ask, clocked: Clocked) -> Events:
         """Choose, call, choose again, reply."""
-        run = _Run(self, ask, clocked)
-        self.waiting.add(run.inbox)
-        try:
-            step = yield from run.decide()
-            yield from run.reply(step)
-        finally:
-            self.waiting.discard(run.inbox)
-            run.close()
+        with Bell() as bell:
+            run = _Run(self, ask, clocked, bell)
+            self.waiting.add(bell)
+            try:
+                step = yield from run.decide()
+                yield from run.reply(step)
+            finally:
+                self.waiting.discard(bell)
+                run.close()
 
     def wake(self, _power: Power) -> None:
         """Let every request look at the power anew."""
-        for inbox in self.waiting.copy():
-            inbox.put(None)
+        for bell in self.waiting.copy():
+            bell.ring()
 
     def models(self) -> list[ModelEntry]:
         """The tiers as they describe themselves, and `auto`, which can do what either can."""
@@ -109,8 +115,9 @@ class Dispatcher:
 class _Run:
     """One request on its way through the tiers."""
 
-    def __init__(self, dispatcher: Dispatcher, ask: Ask, clocked: Clocked) -> None:
-        self.inbox: Inbox = SimpleQueue()
+    def __init__(self, dispatcher: Dispatcher, ask: Ask, clocked: Clocked, bell: Bell) -> None:
+        self._bell = bell
+        self._happened: deque[tuple[Call, Happening]] = deque()
         self._dispatcher = dispatcher
         self._policy = dispatcher.policy()
         self._ask = ask
@@ -119,6 +126,7 @@ class _Run:
         self._request = _request(ask)
         self._observed = Observed()
         self._calls: dict[str, Call] = {}
+        self._entries: dict[Call, Entry] = {}
         self._attempts: dict[str, int] = {}
         self._answers: dict[str, TierReply | Call] = {}
         self._refusal: RefusedError | None = None
@@ -179,28 +187,38 @@ class _Run:
         return self._ask.stream and self._policy.stream.on_escalation is OnEscalation.EVENT
 
     def close(self) -> None:
-        """Nothing more is needed. What has no time left ends by itself, and shows how its tier does."""
-        if self._expires - self._dispatcher.clock() > 0:
-            self._cut_all_but(None)
+        """Nothing more is needed. That a tier has not answered when no time is left shows how it does."""
+        is_late = self._expires <= self._dispatcher.clock()
+        for call in self._entries:
+            call.run_out() if is_late else call.cut()
 
     def _cut_all_but(self, kept: object) -> None:
-        for call in self._calls.values():
+        for call in self._entries:
             if call is not kept:
                 call.cut()
 
     def _choose(self) -> Step:
         """The next step as things stand now."""
-        tiers = self._dispatcher
+        tiers, power = self._dispatcher, self._power()
         conditions = Conditions(
             device_up=tiers.device.is_up(),
             edge_up=tiers.edge.is_up(),
             remaining_ms=1e3 * (self._expires - tiers.clock()),
-            power=self._power(),
+            power=power,
             may_hedge=tiers.hedges.available,
             may_retry=tiers.retries.available,
+            saving=self._saving if power.mode is PowerMode.SAVE else None,
             **self._usual,
         )
         return route(self._policy, conditions, self._request, self._seen())
+
+    @cached_property
+    def _saving(self) -> Saving | None:
+        """Chosen once, so that nobody is asked for nothing."""
+        device_ms, edge_ms = self._usual["device_ms"], self._usual["edge_ms"]
+        remaining_s = self._expires - self._dispatcher.clock()
+        device_s, edge_s = (None if ms is None else ms / 1e3 for ms in (device_ms, edge_ms))
+        return self._dispatcher.savings.choice(self._ask.skill, device_s, edge_s, remaining_s)
 
     def _power(self) -> Power:
         return self._dispatcher.power(self._ask.battery_level)
@@ -222,11 +240,26 @@ class _Run:
             return
         client = tiers.device if step.uses == "device" else tiers.edge
         ask = self._smaller(_as_chat(self._ask) if step.uses == "chat" else self._ask)
-        call = Call(client, ask, self._ledger.open(client.name), self._clocked.expires)
-        self._calls[step.uses] = call
+        entry = self._ledger.open(client.name)
+        remaining_s = self._clocked.expires - tiers.clock()
         self._attempts[step.uses] = self._attempts.get(step.uses, 0) + 1
+        try:
+            stream = self._is_streamed(step, ask)
+            call = client.ask(ask, remaining_s, entry.traffic, stream=stream, draft=self._draft(step))
+        except TierFailedError as failure:
+            self._observe(step.uses, Failure(failure.reason, failure.retriable, self._attempts[step.uses]))
+            return
+        self._calls[step.uses] = call
+        self._entries[call] = entry
         self._observe(step.uses, Pending())
-        call.start(tiers.executor, self.inbox, stream=self._is_streamed(step, ask))
+        self._hear(call)
+
+    def _draft(self, step: Step) -> str:
+        """The device's answer, where the edge gets done sooner with it."""
+        said = self._answers.get("device")
+        if step.uses != "edge" or not isinstance(said, TierReply) or not self._policy.edge.draft:
+            return ""
+        return self._dispatcher.drafting.draft(self._ask.skill, said.text, said.usage.completion_tokens)
 
     def _is_streamed(self, step: Step, ask: Ask) -> bool:
         """A chat if that is asked for; a frame of the device where its beginning is of use: to show, or to forecast."""
@@ -254,41 +287,54 @@ class _Run:
     def _next(self, until: float) -> tuple[Call, Happening] | None:
         """What happens next; None when it is time, or somebody woke us. Raises `ClientLeftError`."""
         until = min(until, self._expires)
-        while True:
-            left_s = until - self._dispatcher.clock()
-            try:
-                return self.inbox.get(timeout=max(0.0, min(left_s, _LOOK_EVERY_S)))
-            except Empty:
-                if left_s <= _LOOK_EVERY_S:
-                    return None
+        while not self._happened:
+            now = self._dispatcher.clock()
+            look = now + _LOOK_EVERY_S
+            live = [call for call in self._entries if not call.is_over]
+            for call in poll(live, min(until, look), now, self._bell.heard):
+                self._hear(call)
+            if self._happened:
+                break
+            if self._bell.answered() or until <= look:
+                return None
             if self._clocked.gone is not None and self._clocked.gone():
                 raise ClientLeftError
+        return self._happened.popleft()
+
+    def _hear(self, call: Call) -> None:
+        self._happened.extend((call, told) for told in call.news())
 
     def _note(self, call: Call, happening: Happening) -> None:
         """See what came of a call; one that was given up for another says nothing any more."""
         uses = next((uses for uses, known in self._calls.items() if known is call), None)
-        if uses is None or not isinstance(getattr(self._observed, uses), Pending):
-            return
-        told = call.collected(happening) if call.collects else happening
-        if told is not None:
-            self._see(uses, call, told)
+        if uses is not None and isinstance(getattr(self._observed, uses), Pending):
+            self._see(uses, call, happening)
 
     def _see(self, uses: str, call: Call, happening: Happening) -> None:
         if isinstance(happening, TierReply):
-            self._ledger.close(call.exchange, happening.report)
+            self._ledger.close(self._entries[call], happening.report)
+            self._learn(uses, call, happening)
             self._answers[uses] = happening
             self._observe(uses, _outcome(happening.report))
         elif isinstance(happening, TierFailedError):
             self._observe(uses, Failure(happening.reason, happening.retriable, self._attempts[uses]))
         elif isinstance(happening, RefusedError):
             self._refusal = _in_the_callers_words(happening, self._ask)
-            self._observe(uses, Failure(f"{call.client.name}_refused"))
+            self._observe(uses, Failure(f"{call.name}_refused"))
         elif isinstance(happening, Exception):
             raise happening
         else:  # the first event of a stream: the tier has its first token, from here on this is the answer
             self._ledger.first_token()
             self._answers[uses] = call
             self._observe(uses, Answer())
+
+    def _learn(self, uses: str, call: Call, reply: TierReply) -> None:
+        tiers, skill, traffic = self._dispatcher, self._ask.skill, call.traffic
+        if uses == "edge":
+            tiers.drafting.learn(skill, reply.usage, reply.report, 1e3 * traffic.seconds)
+            tiers.savings.edge_answered(skill, traffic.sent, traffic.received, escalated="device" in self._answers)
+        elif uses == "device":
+            tiers.savings.device_answered(skill)
 
     def _observe(self, uses: str, outcome: Outcome) -> None:
         self._observed = replace(self._observed, **{uses: outcome})
@@ -311,7 +357,7 @@ class _Run:
                 pieces += 1
                 yield happening
             elif isinstance(happening, End):
-                self._ledger.close(call.exchange, happening.report)
+                self._ledger.close(self._entries[call], happening.report)
                 yield replace(happening, report=self._report(step, happening.report))
                 return
             elif isinstance(happening, TierFailedError):

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from functions.serving.ask import CHAT, Ask, Message, Shape
 from functions.serving.events import CallDelta, End, Event, Logprob, Piece, Report, Start, Usage
 from functions.serving.schema import MAX_DRAFT
 from models.runtime.tier import JsonForm, Tool, ToolUse
 
-_DATA = "data:"
-_DONE = "[DONE]"
+_DATA = b"data:"
+_DONE = b"[DONE]"
 
 
 class MalformedReplyError(Exception):
@@ -45,7 +43,7 @@ def path_of(ask: Ask) -> str:
     return "/v1/completions" if is_completion(ask) else "/v1/chat/completions"
 
 
-def request_body(ask: Ask, model: str, *, stream: bool, draft: str | None = None) -> dict[str, Any]:
+def request_body(ask: Ask, model: str, *, stream: bool, draft: str = "") -> dict[str, Any]:
     """The JSON to send; `model` is the tier's name.
 
     `draft` is another tier's answer, in place of the caller's own draft; what is too long for a draft is cut.
@@ -129,44 +127,49 @@ def read_reply(ask: Ask, body: Any) -> TierReply:
         raise MalformedReplyError from error
 
 
-def read_stream(ask: Ask, lines: Iterator[str]) -> Iterator[Event]:
-    """Read a streamed answer; raises `MalformedReplyError`, also when it ends without its last event."""
-    started, finish, usage, report = False, "stop", Usage(), None
-    for body in _bodies(lines):
-        try:
-            if not started:
-                yield Start(str(body["model"]), Report(source="", route="", reason=""))
-                started = True
-            for choice in body["choices"]:
-                yield from _piece(ask, choice)
-                finish = choice.get("finish_reason") or finish
-            if body.get("edgecascade"):
-                report = Report.model_validate(body["edgecascade"])
-            if body.get("usage"):
-                usage = Usage.model_validate(body["usage"])
-        except (AttributeError, KeyError, TypeError, ValidationError) as error:
-            raise MalformedReplyError from error
-    if report is None:
-        raise MalformedReplyError
-    yield End(finish, usage, report)
+class StreamReader:
+    """Reads a streamed answer as its bytes come."""
 
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._unread = b""
+        self._started = self._is_over = False
+        self._finish, self._usage = "stop", Usage()
+        self._report: Report | None = None
 
-def _bodies(lines: Iterator[str]) -> Iterator[Any]:
-    """The JSON of each event up to `[DONE]`; an error event ends it."""
-    for line in lines:
-        data = line.removeprefix(_DATA).strip()
-        if not line.startswith(_DATA):
-            continue
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """The events that are whole now; raises `MalformedReplyError`. What follows the last event is ignored."""
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            if not self._is_over and line.startswith(_DATA):
+                yield from self._read(line.removeprefix(_DATA).strip())
+
+    def _read(self, data: bytes) -> Iterator[Event]:
         if data == _DONE:
+            if self._report is None:
+                raise MalformedReplyError
+            self._is_over = True
+            yield End(self._finish, self._usage, self._report)
             return
         try:
             body = json.loads(data)
-        except ValueError as error:
+            if "error" in body:
+                raise MalformedReplyError
+            yield from self._events(body)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MalformedReplyError from error
-        if not isinstance(body, dict) or "error" in body:
-            raise MalformedReplyError
-        yield body
-    raise MalformedReplyError
+
+    def _events(self, body: Any) -> Iterator[Event]:
+        if not self._started:
+            yield Start(str(body["model"]), Report(source="", route="", reason=""))
+            self._started = True
+        for choice in body["choices"]:
+            yield from _piece(self._ask, choice)
+            self._finish = choice.get("finish_reason") or self._finish
+        if body.get("edgecascade"):
+            self._report = Report.model_validate(body["edgecascade"])
+        if body.get("usage"):
+            self._usage = Usage.model_validate(body["usage"])
 
 
 def _piece(ask: Ask, choice: dict[str, Any]) -> Iterator[Piece]:

@@ -69,20 +69,20 @@ class Metrics:
         self._registry.register(_Collector(collect, self._labels(self._version)))
 
     def answered(self, report: Report, usage: Usage) -> None:
-        """Count one answer."""
-        labels = self._labels(report.model_version or NO_VERSION)
-        self._requests.labels(**labels, route=report.route, reason=report.reason).inc()
+        """Count one answer. Labels go by place here, in the order of `_LABELS` and what follows: that is faster."""
+        labels = (*self._site.values(), report.model_version or NO_VERSION)
+        self._requests.labels(*labels, report.route, report.reason).inc()
         if report.route == "escalated" or (report.route, report.reason) == ("chat", "out_of_scope"):
-            self._escalations.labels(**labels, reason=report.reason).inc()
-        self._tokens.labels(**labels, kind="prompt").inc(usage.prompt_tokens)
-        self._tokens.labels(**labels, kind="completion").inc(usage.completion_tokens)
-        timing = report.timing_ms.model_dump()
-        self._total.labels(**labels).observe(timing["total"] / 1e3)
+            self._escalations.labels(*labels, report.reason).inc()
+        self._tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(*labels, "completion").inc(usage.completion_tokens)
+        timing = report.timing_ms
+        self._total.labels(*labels).observe(timing.total / 1e3)
         for part, series in self._parts.items():
-            series.labels(**labels).observe(timing[part] / 1e3)
-        self._first_token.labels(**labels).observe(timing["first_token"] / 1e3)
+            series.labels(*labels).observe(getattr(timing, part) / 1e3)
+        self._first_token.labels(*labels).observe(timing.first_token / 1e3)
         if report.confidence is not None:
-            self._confidence.labels(**labels).observe(report.confidence)
+            self._confidence.labels(*labels).observe(report.confidence)
 
     def rejected(self, code: str) -> None:
         """Count one request that got an error."""

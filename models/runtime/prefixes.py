@@ -1,4 +1,4 @@
-"""Keys and values of prompts read before, to be used again by prompts that begin alike. Pure: knows only ids.
+"""Keys and values of prompts read before, to be used again by prompts that begin alike. Knows only ids, and a clock.
 
 A prefix is cut into blocks of tokens; a block's key is a hash over its ids and the key of the block before it, so that
 it stands for everything from the beginning on.
@@ -7,6 +7,7 @@ it stands for everything from the beginning on.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 
 Block = TypeVar("Block")
 BLOCK_TOKENS = 64
+RETENTION_S = 3600.0
+"""What of a conversation nobody goes on with is forgotten after so long."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,22 @@ class PrefixStats:
 class PrefixCache(Generic[Block]):
     """Holds at most `capacity_bytes`; what was not used for longest goes first, a prefix from its end on.
 
-    Not for two threads at once.
+    What nobody used for `retention_s` goes at the next use of the cache. Not for two threads at once.
     """
 
-    def __init__(self, capacity_bytes: int, block_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        block_bytes: int,
+        block_tokens: int = BLOCK_TOKENS,
+        retention_s: float = RETENTION_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.block_tokens, self._block_bytes = block_tokens, block_bytes
         self._capacity = capacity_bytes // block_bytes
+        self._retention_s, self._clock = retention_s, clock
         self._held: OrderedDict[bytes, Block] = OrderedDict()  # the last used stands last
+        self._used: dict[bytes, float] = {}
         self._asked = self._reused = self._evicted = 0
 
     @property
@@ -48,6 +60,7 @@ class PrefixCache(Generic[Block]):
 
     def find(self, ids: Sequence[int]) -> list[Block]:
         """The blocks of the longest prefix held, but never of all ids: the last one must be read to go on."""
+        self._forget_old()
         found = list(takewhile(self._held.__contains__, self._keys(ids[:-1])))
         self._touch(found)
         self._asked += len(ids)
@@ -56,20 +69,32 @@ class PrefixCache(Generic[Block]):
 
     def add(self, ids: Sequence[int], read: Callable[[range], Block]) -> None:
         """Take in the whole blocks of `ids` that are not held yet; `read` gives the block at some positions."""
+        self._forget_old()
         keys = self._keys(ids)[: self._capacity]
         self._touch([key for key in keys if key in self._held])
         for number, key in enumerate(keys):
             if key not in self._held:
                 while len(self._held) >= self._capacity:
-                    self._held.popitem(last=False)
-                    self._evicted += 1
+                    self._forget_first()
                 self._held[key] = read(range(number * self.block_tokens, (number + 1) * self.block_tokens))
         self._touch(keys)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Mark as just used, a beginning after what follows it: without its beginning a block is of no use."""
+        now = self._clock()
         for key in reversed(keys):
             self._held.move_to_end(key)
+            self._used[key] = now
+
+    def _forget_old(self) -> None:
+        oldest = self._clock() - self._retention_s
+        while self._held and self._used[next(iter(self._held))] < oldest:
+            self._forget_first()
+
+    def _forget_first(self) -> None:
+        key, _ = self._held.popitem(last=False)
+        del self._used[key]
+        self._evicted += 1
 
     def _keys(self, ids: Sequence[int]) -> list[bytes]:
         size, key, keys = self.block_tokens, b"", list[bytes]()

@@ -13,6 +13,7 @@ from routing.power import REQUEST, Power, PowerLimits, PowerMode, Reading, next_
 
 _LOG = logging.getLogger(__name__)
 _STOP_S = 2.0
+_UNKNOWN = Power()
 Listener = Callable[[Power], None]
 
 
@@ -67,6 +68,8 @@ class PowerWatch:
         Readings age here too, should the thread hang in a source.
         """
         power, readings = self._state
+        if request_level is None and not readings:  # as on all that have no battery
+            return _UNKNOWN
         now_s = self._clock()
         if request_level is not None:
             readings = (Reading(REQUEST, now_s, level=request_level), *readings)
