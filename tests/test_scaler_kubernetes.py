@@ -63,12 +63,7 @@ def test_pods_are_counted_by_what_they_are_about(kubeconfig):
         kubeconfig(url)
         found = connect().of("edge", "openfaas-fn")
     assert (found.ready, found.starting) == (2, 2)
-    assert [r.address for r in found.replicas] == [
-        "http://10.0.0.1:8080",
-        "http://10.0.0.2:8080",
-        "http://[fd00::7]:8080",
-        "",
-    ]
+    assert [r.address for r in found.replicas] == ["http://10.0.0.1:8080", "http://10.0.0.2:8080", "http://[fd00::7]:8080", ""]
     (path,) = api.asked
     assert path.startswith("/api/v1/namespaces/openfaas-fn/pods?")
     assert "labelSelector=faas_function%3Dedge" in path

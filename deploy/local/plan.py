@@ -27,7 +27,7 @@ PASSED_ON = frozenset(
 # The address of a function, alone or in a list of them.
 _PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 GATEWAY_COMMAND = (
-    "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 96 --keep-alive 75 "
+    "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 256 --keep-alive 75 "
     "--graceful-timeout 60 --timeout 120 --no-control-socket deploy.local.gateway:create_app()"
 )
 
