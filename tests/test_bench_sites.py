@@ -19,7 +19,7 @@ from bench.steady import Timed, between, steadily
 from deploy.local.balance import Balance
 from deploy.local.gateway import Config, create_app
 from tests.fake_bundle import QUERIES, start_site, start_whole
-from tests.fakes import served
+from tests.fakes import free_port, served
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
 
@@ -161,7 +161,8 @@ def test_a_replica_that_closes_before_it_answers_is_asked_once_more(
 
 
 def test_another_replica_answers_for_one_that_is_gone(tmp_path: Path) -> None:
-    with listening([]) as (gone, _), listening([ANSWER] * 3) as (there, called):
+    gone = f"http://127.0.0.1:{free_port()}"
+    with listening([ANSWER] * 3) as (there, called):
         entries = f'[{{"address": "{gone}", "state": "ready"}}, {{"address": "{there}", "state": "ready"}}]'
         listing = tmp_path / "replicas.json"
         listing.write_text(f'{{"edge": {{"replicas": {entries}}}}}')
