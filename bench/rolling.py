@@ -22,7 +22,8 @@ from bench.steady import Timed, steadily
 
 _TIMEOUT_S = 70.0
 _DISPATCHER = ""
-_WAYS = ((_DISPATCHER, "auto"), (_DISPATCHER, "edge"), (_DISPATCHER, "auto"), ("/function/federation", "auto"))
+_FEDERATION = "/function/federation"
+_WAYS = (*[(_DISPATCHER, "auto")] * 5, (_DISPATCHER, "edge"), *[(_FEDERATION, "auto")] * 2)
 """Who is asked for which model, in turn, so that each function has work."""
 
 

@@ -279,3 +279,13 @@ def run_door(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_line_prints_the_compose_file() -> None:
     assert run_door("compose").stdout == (ROOT / "deploy" / "compose" / "compose.yaml").read_text("utf-8")
+
+
+def test_the_scalers_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
+    image = read_image(ROOT / "scaler" / "Dockerfile")
+    kept = {
+        line[1:] for line in (ROOT / "scaler" / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    for copy in image.copies:
+        assert copy.stage or all((ROOT / source).exists() and source in kept for source in copy.sources)
+    assert image.user.isdigit()
