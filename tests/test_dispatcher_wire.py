@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.dispatcher.bell import Bell
+from functions.dispatcher.bell import Bells
 from functions.dispatcher.call import poll
 from functions.dispatcher.drafting import Drafting
 from functions.dispatcher.wire import MalformedReplyError, StreamReader
@@ -101,14 +101,20 @@ def test_an_edge_that_takes_no_drafts_gets_no_more_of_them() -> None:
 
 
 def test_a_bell_wakes_who_polls_once_for_all_rings_and_may_ring_for_nobody() -> None:
-    with Bell() as bell:
+    bells = Bells()
+    with bells.one() as bell, bells.one() as other:
         assert not bell.answered()
         threading.Timer(0.02, bell.ring).start()
         assert poll([], 1e6, 0.0, bell.heard) == []
-        bell.ring()
-        assert bell.answered()
+        bells.ring()
+        assert (bell.answered(), other.answered()) == (True, True)
         assert not bell.answered()
         for _ in range(100_000):
             bell.ring()
         assert bell.answered()
+    bells.ring()
+    with bells.one() as again:
+        assert again in {bell, other}
+        assert not again.answered()
+    bell.close()
     bell.ring()

@@ -162,8 +162,7 @@ class Call:
             raise wire.MalformedReplyError
 
     def _events(self, reader: wire.StreamReader, head: Head) -> Iterator[Event]:
-        body, self._exchange.body = bytes(self._exchange.body), bytearray()
-        for event in reader.feed(body):
+        for event in reader.feed(self._exchange.take_body()):
             if isinstance(event, End):
                 self._end = event
             elif isinstance(event, Start):

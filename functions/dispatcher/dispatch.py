@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from functions.dispatcher.bell import Bell
+from functions.dispatcher.bell import Bell, Bells
 from functions.dispatcher.budget import Budget
 from functions.dispatcher.call import Call, Happening, TierFailedError, poll
 from functions.dispatcher.drafting import Drafting
@@ -68,7 +68,7 @@ class Dispatcher:
     hedges: Budget = field(default_factory=Budget)
     savings: Savings = field(default_factory=lambda: Savings(Figures(), time.monotonic))
     drafting: Drafting = field(default_factory=Drafting)
-    waiting: set[Bell] = field(default_factory=set)
+    bells: Bells = field(default_factory=Bells)
 
     def check(self, ask: Ask) -> None:
         """Refuse a model that is none of ours."""
@@ -78,20 +78,17 @@ class Dispatcher:
 
     def events(self, ask: Ask, clocked: Clocked) -> Events:
         """Choose, call, choose again, reply."""
-        with Bell() as bell:
+        with self.bells.one() as bell:
             run = _Run(self, ask, clocked, bell)
-            self.waiting.add(bell)
             try:
                 step = yield from run.decide()
                 yield from run.reply(step)
             finally:
-                self.waiting.discard(bell)
                 run.close()
 
     def wake(self, _power: Power) -> None:
         """Let every request look at the power anew."""
-        for bell in self.waiting.copy():
-            bell.ring()
+        self.bells.ring()
 
     def models(self) -> list[ModelEntry]:
         """The tiers as they describe themselves, and `auto`, which can do what either can."""

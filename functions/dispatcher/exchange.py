@@ -1,7 +1,8 @@
 """HTTP/1.1 requests that never block: several at once in one thread, each ended by closing its socket.
 
-h11 speaks the protocol, this module moves its bytes. Whoever owns an `Exchange` polls its socket for `interest` and
-calls `advance` when something may have happened; nothing else here waits, but for the first look-up of a host's name.
+httptools (llhttp) reads what comes, this module moves the bytes. Whoever owns an `Exchange` polls its socket for
+`interest` and calls `advance` when something may have happened; nothing else here waits, but for the first look-up of a
+host's name.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import h11
+import httptools
 
 from functions.serving.events import NetworkBytes
 
 _READ_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 16
+_FINAL = 200
+"""Status codes below are no answer yet."""
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _FETCHED_BYTES = 1 << 20
 _IDLE_S = 30.0
 _FRESH_S = 30.0
@@ -103,7 +108,6 @@ class _Link:
     """One connection. `idle_since` on the pool's clock while nobody uses it."""
 
     sock: socket.socket
-    http: h11.Connection
     is_new: bool = True
     idle_since: float = 0.0
 
@@ -187,7 +191,7 @@ def _connecting(addresses: MutableSequence[Address]) -> _Link:
         made.setblocking(False)  # noqa: FBT003  # the standard library's signature
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if made.connect_ex(address) in _ON_ITS_WAY:
-            return _Link(made, h11.Connection(h11.CLIENT))
+            return _Link(made)
         made.close()
     raise UnreachedError
 
@@ -214,14 +218,67 @@ class Head:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+class _Response:
+    """Reads one response; raises `BrokenError`. The parser calls the methods that begin with `on_`."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self.body = bytearray()
+        self.is_over = self.keeps_alive = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
+        self._head_bytes = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take in what came; nothing: the other side has closed the connection."""
+        if not data:
+            self._close()
+            return
+        if self.head is None:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, UnicodeDecodeError) as error:
+            if not self.is_over:
+                raise BrokenError from error
+            self.keeps_alive = False
+        if self.head is None and self._head_bytes > _HEAD_BYTES:
+            raise BrokenError
+
+    def _close(self) -> None:
+        """The end of a body whose length nobody told, or a response that broke off."""
+        if self.head is None or not self.head.headers.keys().isdisjoint(_FRAMING):
+            raise BrokenError
+        self.is_over = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= _FINAL and self.head is None:
+            self.head = Head(status, self._headers)
+        self._headers = {}
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_message_complete(self) -> None:
+        if self.head is not None and not self.is_over:
+            self.is_over, self.keeps_alive = True, self._parser.should_keep_alive()
+
+    def on_message_begin(self) -> None:
+        if self.is_over:  # something nobody asked for follows
+            self.keeps_alive = False
+
+
 class Exchange:
     """One request and its response.
 
-    `head` is there once it has come, `body` holds what came since it was last emptied, `is_over` says that all is
-    there. `advance` raises `UnreachedError` or `BrokenError`; the exchange is closed then.
+    `advance` raises `UnreachedError` or `BrokenError`; the exchange is closed then.
     """
 
-    def __init__(self, pool: Pool, link: _Link, request: Sequence[h11.Event], rest: Sequence[Address]) -> None:
+    def __init__(self, pool: Pool, link: _Link, request: bytes, rest: Sequence[Address]) -> None:
         self._pool = pool
         self._link: _Link | None = link
         self._request = request
@@ -229,25 +286,45 @@ class Exchange:
         self._is_new = link.is_new
         self._step: Callable[[], bool] = self._connected if link.is_new else self._send
         self._blocked, self._wants_write = False, True
-        self._out = memoryview(b"")
+        self._out = memoryview(request)
+        self._response = _Response()
         self.traffic = Traffic()
-        self.head: Head | None = None
-        self.body = bytearray()
-        self.is_over = False
-        self._load()
 
     @classmethod
     def begin(cls, pool: Pool, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Exchange:
-        """Take a connection or begin to make one; raises `UnreachedError`. Nothing is sent before `advance`."""
-        own = {"Host": pool.url.authority, "Content-Length": str(len(body))}
-        lines = [*own.items(), *pool.headers.items(), *headers.items()]
-        head = h11.Request(method=method, target=pool.url.path + path, headers=lines)
-        events = [head, h11.Data(data=body), h11.EndOfMessage()]
+        """Take a connection or begin to make one; raises `UnreachedError`. Nothing is sent before `advance`.
+
+        Method, path and headers are our own words: nothing in them comes from a caller. The pool's own headers go along.
+        """
+        lines = [f"{method} {pool.url.path}{path} HTTP/1.1", f"Host: {pool.url.authority}"]
+        lines += [f"{name}: {value}" for name, value in {**pool.headers, **headers}.items()]
+        request = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode("ascii") + body
         link = pool.take()
         if link is not None:
-            return cls(pool, link, events, ())
+            return cls(pool, link, request, ())
         addresses = list(pool.addresses(_LOOK_UP_S))
-        return cls(pool, _connecting(addresses), events, addresses)
+        return cls(pool, _connecting(addresses), request, addresses)
+
+    @property
+    def head(self) -> Head | None:
+        """The response's first lines, once they have come."""
+        return self._response.head
+
+    @property
+    def body(self) -> bytearray:
+        """What came of the response's body and was not taken."""
+        return self._response.body
+
+    def take_body(self) -> bytes:
+        """The body's bytes that have come since the last time."""
+        taken = bytes(self.body)
+        self.body.clear()
+        return taken
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole response is there."""
+        return self._response.is_over
 
     @property
     def sock(self) -> socket.socket:
@@ -290,12 +367,6 @@ class Exchange:
             self._link.close()
             self._link = None
 
-    def _load(self) -> None:
-        """Put the whole request, as bytes, where `_send` takes it from."""
-        assert self._link is not None  # noqa: S101  # for mypy
-        parts = [self._link.http.send(event) for event in self._request]
-        self._out = memoryview(b"".join(part for part in parts if part))
-
     def _connected(self) -> bool:
         """Look whether the connection is made; where it failed, try the next address."""
         made = self.sock
@@ -306,7 +377,6 @@ class Exchange:
         if made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             made.close()
             self._link = _connecting(self._addresses)
-            self._load()
             return True
         assert self._link is not None  # noqa: S101  # for mypy
         self._link.sock = self._pool.secured(made)
@@ -342,29 +412,8 @@ class Exchange:
         if self._blocked:
             return False
         self.traffic.received += len(data)
-        assert self._link is not None  # noqa: S101  # for mypy
-        try:
-            self._link.http.receive_data(data)
-            self._read_events(self._link.http)
-        except h11.ProtocolError as error:
-            raise BrokenError from error
+        self._response.feed(data)
         return True
-
-    def _read_events(self, http: h11.Connection) -> None:
-        while True:
-            event = http.next_event()
-            if isinstance(event, h11.Response):
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
-                self.head = Head(event.status_code, headers)
-            elif isinstance(event, h11.Data):
-                self.body += event.data
-            elif isinstance(event, h11.EndOfMessage):
-                self.is_over = True
-                return
-            elif isinstance(event, h11.ConnectionClosed):
-                raise BrokenError
-            elif event is h11.NEED_DATA or event is h11.PAUSED:
-                return
 
     def _unblocked(self, do: Callable[[], Any]) -> Any:
         """What `do` gives; `_blocked` says that it has to be done again later."""
@@ -384,9 +433,7 @@ class Exchange:
         link, self._link = self._link, None
         if link is None:
             return
-        http = link.http
-        if not self._out and http.our_state is h11.DONE and http.their_state is h11.DONE:
-            http.start_next_cycle()
+        if not self._out and self._response.keeps_alive:
             self._pool.give(link)
         else:
             link.close()
