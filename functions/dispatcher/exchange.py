@@ -294,7 +294,7 @@ class Exchange:
     def begin(cls, pool: Pool, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Exchange:
         """Take a connection or begin to make one; raises `UnreachedError`. Nothing is sent before `advance`.
 
-        Method, path and headers are our own words: nothing in them comes from a caller. The pool's own headers go along.
+        Method, path and headers are our own words: nothing in them comes from a caller.
         """
         lines = [f"{method} {pool.url.path}{path} HTTP/1.1", f"Host: {pool.url.authority}"]
         lines += [f"{name}: {value}" for name, value in {**pool.headers, **headers}.items()]
