@@ -235,7 +235,17 @@ def test_prometheus_finds_the_functions_own_metrics(stack):
     """With dots, not a slash: faas-netes adds `prometheus.io.scrape: "false"` where that very key is missing."""
     values = yaml.safe_load((ROOT / "stack.yml").read_text("utf-8"))
     wanted = {"prometheus.io.scrape": "true", "prometheus.io.port": "8080", "prometheus.io.path": "/metrics"}
-    assert all(spec["annotations"] == wanted for spec in values["functions"].values())
+    assert all(wanted.items() <= spec["annotations"].items() for spec in values["functions"].values())
+
+
+def test_where_probes_can_be_chosen_they_ask_the_watchdog_and_through_it_the_function(stack):
+    """Standard and for Enterprises read these; CE knows `/_/health` alone, and refuses annotations of clouds only."""
+    values = yaml.safe_load((ROOT / "stack.yml").read_text("utf-8"))
+    for name, spec in values["functions"].items():
+        annotations = spec["annotations"]
+        assert annotations["com.openfaas.health.http.path"] == "/_/health"
+        assert annotations["com.openfaas.ready.http.path"] == stack.functions[name].environment["ready_path"]
+        assert not any("amazonaws.com" in key or "gke.io" in key for key in annotations)
 
 
 def test_sites_are_labels_and_what_the_documented_filters_choose(stack):
