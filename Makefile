@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 TRAIN_STAMP := $(TRAIN_VENV)/.installed
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
+SEALED := $(addprefix var/sealed/,device/manifest.json edge/manifest.json)
 PIP := -m pip --quiet --disable-pip-version-check
 SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	|| { echo "edgecascade needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -13,7 +14,7 @@ SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 NONE_IS_FINE = || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-torch servers lint format lock proto bench-peers clean
+.PHONY: help demo up sealed images test test-slow test-torch servers lint format lock proto bench-peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +50,22 @@ demo: $(STAMP) ## build, start the bundle, ask it 300 questions, print the table
 
 up: $(STAMP) ## run the bundle on this machine until Ctrl-C
 	@$(VENV)/bin/edgecascade up
+
+sealed: $(SEALED) ## the tiers as the images hold them, and the secrets that stack.yml names
+images: $(SEALED) ## the functions' images, by docker or podman (REGISTRY, TAG; ENGINE=podman, PLATFORM=linux/arm64)
+	@$(VENV)/bin/edgecascade images --engine "$(ENGINE)" --platform "$(PLATFORM)"
+
+.secrets/model-key: | $(STAMP)
+	@$(VENV)/bin/edgecascade secrets .secrets
+
+var/edge/manifest.json: | $(STAMP)
+	@$(VENV)/bin/edgecascade build smollm2 var/edge --adapter models/tiers/edge --prefill
+
+var/sealed/device/manifest.json: models/tiers/device/manifest.json
+var/sealed/edge/manifest.json: var/edge/manifest.json
+$(SEALED): .secrets/model-key
+	@rm -rf $(@D)
+	@$(VENV)/bin/edgecascade seal $(dir $(filter %manifest.json,$^)) $(@D) --key-file .secrets/model-key --signing-key .secrets/signing-key
 
 test: $(STAMP) ## the tests; needs no torch and no data
 	@$(VENV)/bin/python -m pytest -m "not torch and not slow"

@@ -20,6 +20,7 @@ from bench.commands import Json, Rooms, Skill, Tier
 from bench.commands import app as bench_app
 from bench.errors import BenchError
 from deploy.errors import DeployError
+from functions.serving.secrets import SecretError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
 from scaler.errors import ScalerError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
+    from deploy.local.rolling import Rolling
     from deploy.stack import Stack
     from functions.serving.keys import Keys
     from models.artifact.store import Artifact
@@ -60,8 +62,8 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled))
-    except (BenchError, ConfigError, DeployError, ModelError, ScalerError) as error:
+        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled, _site, _whole))
+    except (BenchError, ConfigError, DeployError, ModelError, ScalerError, SecretError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,6 +78,10 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+    site: Annotated[str, typer.Option(help="device or edge: this site's functions; EDGE_URL joins them.")] = "",
+    secrets: Annotated[
+        Path | None, typer.Option(help="The folder with stack.yml's secrets: keys are asked for, sealed tiers run.")
+    ] = None,
     functions: Annotated[list[str] | None, typer.Argument(help="With --autoscale: which; edge by default.")] = None,
     autoscale: Annotated[bool, typer.Option("--autoscale", help="Run as many replicas as the scaler says.")] = False,
     min_replicas: Annotated[int, typer.Option(min=0, help="0: none while nobody asks.")] = 1,
@@ -89,23 +95,52 @@ def up(
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
     Examples: edgecascade up --port 9000 --only dispatcher --only device
+              edgecascade up --site edge --port 9000
+              EDGE_URL=http://127.0.0.1:9000/function/edge edgecascade up --site device --secrets .secrets
               edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
     """
     from deploy.local.up import serve, serve_autoscaled
 
     if functions and not autoscale:
         _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
-    stack = _stack(tuple(only or ()))
-    _ensure_edge(stack)
+    stack = _stack(tuple(only or ()), site)
+    if secrets is None:
+        _ensure_edge(stack)
     if not autoscale:
-        serve(stack, _settings(port))
+        serve(stack, _settings(port, secrets))
         return
     from deploy.local.autoscale import Autoscale, Timing
 
     timing = Timing(cooldown_s=cooldown, down_window_s=window)
     wanted = tuple(functions or ("edge",))
     options = Autoscale(wanted, slo_seconds, percentile, min_replicas, max_replicas, timing, record)
-    serve_autoscaled(stack, _settings(port), options)
+    serve_autoscaled(stack, _settings(port, secrets), options)
+
+
+@app.command()
+def images(
+    engine: Annotated[str, typer.Option(help="docker or podman; by default the one that is installed.")] = "",
+    platform: Annotated[str, typer.Option(help="Such as linux/arm64; by default this machine's.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Build this function only; may be given again.")] = None,
+) -> None:
+    """Build the functions' images as faas-cli would, under the names that stack.yml gives them.
+
+    Example: REGISTRY=registry.example TAG=1 edgecascade images --engine podman --only device
+    """
+    from deploy.images import build, engine_here
+
+    build(ROOT, _stack(tuple(only or ())), engine_here(engine), platform, lambda name, line: print(f"{name} | {line}"))
+
+
+@app.command()
+def compose() -> None:
+    """Print stack.yml as a file for docker compose.
+
+    Example: edgecascade compose > deploy/compose/compose.yaml
+    """
+    from deploy.compose.render import render
+
+    print(render((ROOT / "stack.yml").read_text("utf-8")), end="")
 
 
 @app.command()
@@ -216,6 +251,26 @@ def keys(folder: Annotated[Path, typer.Argument(help="Where the three files go; 
 
     for path in write_keys(folder):
         print(path)
+
+
+@app.command("secrets")
+def make_secrets(
+    folder: Annotated[Path, typer.Argument(help="Where they go; none is replaced.")] = Path(".secrets"),
+) -> None:
+    """Make the secrets that stack.yml names, as far as they are not there: api-key, model-key, model-signer.
+
+    signing-key, with which tiers are signed, stays where they are made.
+
+    Example: edgecascade secrets .secrets
+    """
+    from functions.serving.api_keys import write_api_key
+    from models.build.seal import write_keys
+
+    keys = ("model-key", "signing-key", "model-signer")
+    if not (folder / "api-key").exists():
+        write_api_key(folder / "api-key")
+    if not all((folder / name).exists() for name in keys):
+        write_keys(folder, keys)
 
 
 @app.command()
@@ -489,16 +544,17 @@ def _ensure_edge(stack: Stack) -> None:
         _build("smollm2", out, adapter if adapter.is_dir() else None, "int4", prefill=True)
 
 
-def _stack(only: tuple[str, ...]) -> Stack:
+def _stack(only: tuple[str, ...], site: str = "", variables: Mapping[str, str] | None = None) -> Stack:
     from deploy.stack import load as load_stack
 
-    return load_stack(ROOT / "stack.yml", os.environ).only(only)
+    stack = load_stack(ROOT / "stack.yml", {**os.environ, **(variables or {})})
+    return (stack.site(site) if site else stack).only(only)
 
 
-def _settings(port: int) -> Settings:
+def _settings(port: int, secrets: Path | None = None) -> Settings:
     from deploy.local.bundle import Settings, site
 
-    return Settings(site(ROOT, os.environ), port)
+    return Settings(site(ROOT, os.environ, secrets), port)
 
 
 @contextmanager
@@ -537,6 +593,26 @@ def _autoscaled(variants: Mapping[str, Variant], scaling: Scaling) -> Iterator[s
         yield bundle.url
     if running.failure is not None:
         raise running.failure
+
+
+@contextmanager
+def _site(name: str, variables: Mapping[str, str]) -> Iterator[str]:
+    """One site of stack.yml behind a gateway of its own, for the while."""
+    stack = _stack((), name, variables)
+    _ensure_edge(stack)
+    with _started(stack) as address:
+        yield address
+
+
+@contextmanager
+def _whole() -> Iterator[Rolling]:
+    """All of stack.yml, its functions joined by the gateway, for the while."""
+    from deploy.local.rolling import Rolling
+
+    stack = _stack(())
+    _ensure_edge(stack)
+    with Rolling(stack, _settings(0), lambda _name, _line: None) as bundle:
+        yield bundle
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,26 @@ Start = Callable[[Mapping[str, Variant]], AbstractContextManager[Running]]
 """Runs the named variants, and no other function, for the length of a `with` block."""
 Autoscaled = Callable[[Mapping[str, Variant], Scaling], AbstractContextManager[str]]
 """Runs the named variants behind a gateway, one of them under the autoscaler; gives the gateway's address."""
+
+
+StartSite = Callable[[str, Mapping[str, str]], AbstractContextManager[str]]
+"""Runs one site of stack.yml, `device` or `edge`, with variables for stack.yml; gives its gateway's address."""
+
+
+class Restarts(Protocol):
+    """A bundle whose functions reach each other through its gateway, and can be replaced one by one."""
+
+    @property
+    def url(self) -> str:
+        """The gateway's address."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Its functions."""
+
+    def restart(self, name: str) -> int:
+        """Start a replica, wait until it is ready, SIGTERM the old one; the status that one ended with."""
+
+
+StartWhole = Callable[[], AbstractContextManager[Restarts]]
+"""Runs all of stack.yml."""

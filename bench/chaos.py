@@ -217,7 +217,7 @@ def cases(
         stage = opened.enter_context(staged(start, site, {_DISPATCHER: Variant(_DISPATCHER)}))
         client = opened.enter_context(Client(stage.running.urls[_DISPATCHER], timeout_s=_CLIENT_TIMEOUT_S))
         for tier in TIERS:
-            if _recovered(client, queries, tier) is None:
+            if recovered(client, queries, tier) is None:
                 raise BenchError(f"the {tier} tier does not answer, and nothing was broken yet")
         found = [case("none", "", _send(client, queries, plan), plan.deadline_ms, Around())]
         breaks = list(product(TIERS, kinds))
@@ -236,7 +236,7 @@ def _break(stage: Stage, client: Client, target: str, kind: str, queries: Sequen
         reached = proxy.traffic
         shots = _send(client, queries, plan)
         came = proxy.traffic.since(reached).requests
-    around = Around(came, local_only_bytes, _recovered(client, queries, target))
+    around = Around(came, local_only_bytes, recovered(client, queries, target))
     return case(f"{target} {kind}", target, shots, plan.deadline_ms, around)
 
 
@@ -250,7 +250,7 @@ def _send(client: Client, queries: Sequence[Query], plan: Plan, *, local_only: b
                 number = next(numbers)
             if number >= plan.requests:
                 return
-            shots.append(_shoot(client, queries[number % len(queries)], plan.deadline_ms, local_only=local_only))
+            shots.append(shoot(client, queries[number % len(queries)], plan.deadline_ms, local_only=local_only))
 
     with ThreadPoolExecutor(plan.callers) as pool:
         for future in [pool.submit(caller) for _ in range(plan.callers)]:
@@ -258,16 +258,17 @@ def _send(client: Client, queries: Sequence[Query], plan: Plan, *, local_only: b
     return shots
 
 
-def _shoot(client: Client, query: Query, deadline_ms: float, *, local_only: bool) -> Shot:
+def shoot(client: Client, query: Query, deadline_ms: float, *, model: str = "auto", local_only: bool = False) -> Shot:
+    """Ask once; a refusal is a shot too."""
     began = time.perf_counter()
     try:
-        reply = client.ask(query.skill, query.text, deadline_ms=deadline_ms, local_only=local_only)
+        reply = client.ask(query.skill, query.text, model, deadline_ms=deadline_ms, local_only=local_only)
     except ServiceError as error:
         return Shot(1e3 * (time.perf_counter() - began), None, error.status or 0)
     return Shot(reply.latency_ms, reply)
 
 
-def _recovered(client: Client, queries: Sequence[Query], tier: str) -> float | None:
+def recovered(client: Client, queries: Sequence[Query], tier: str) -> float | None:
     """Seconds until the tier itself answers again, three times running; None if it does not."""
     began, well = time.monotonic(), 0
     while (took_s := time.monotonic() - began) < _RECOVERY_S:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from bench.bundle import Autoscaled, Start
+from bench.bundle import Autoscaled, Start, StartSite, StartWhole
 from bench.queries import Query
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
@@ -32,7 +32,8 @@ class Rooms:
     """What the benches need of other rooms.
 
     `smollm2` is the model's file, fetched if need be; `home` where things are built; `start` runs a bundle;
-    `published` reads a split of the published sets for some skills; `autoscaled` runs a bundle that scales.
+    `published` reads a split of the published sets for some skills; `autoscaled` runs a bundle that scales; `site` runs
+    one site, `whole` all of stack.yml.
     """
 
     smollm2: Callable[[Callable[[float, float, str], None]], Path]
@@ -40,6 +41,8 @@ class Rooms:
     start: Start
     published: Callable[..., Sequence[Query]]
     autoscaled: Autoscaled
+    site: StartSite
+    whole: StartWhole
 
 
 @app.command("faults")
@@ -249,6 +252,46 @@ def autoscale(
     plan = Plan(low, high, seconds, after, slowdown, slo_seconds, max_replicas)
     queries = [query for query in read(OWN_QUERIES, None) if query.skill == SKILL]
     measure(rooms.autoscaled, queries, plan, record, plot, as_json=as_json)
+
+
+@app.command("sites")
+def sites(
+    context: typer.Context,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each phase: joined, cut, joined again.")] = 8.0,
+    deadline: Annotated[float, typer.Option(min=1, help="Of each request, ms.")] = 2000.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Cut the link between a device site and an edge site under load, and see whether all is answered and flagged.
+
+    Example: edgecascade bench sites --rate 20 --seconds 20 --json
+    """
+    from bench.measure import sites as measure
+    from bench.sites import Plan
+
+    rooms: Rooms = context.obj
+    measure(rooms.site, _queries(rooms, data, list(SKILLS), 100), Plan(rate, seconds, deadline), as_json=as_json)
+
+
+@app.command("rolling")
+def rolling(
+    context: typer.Context,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second.")] = 20.0,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds before and after each restart.")] = 2.0,
+    deadline: Annotated[float, typer.Option(min=1, help="Of each request, ms.")] = 5000.0,
+    data: BenchData = None,
+    as_json: Json = False,
+) -> None:
+    """Replace every function in turn under load, and count the requests that fail.
+
+    Example: edgecascade bench rolling --rate 20 --json
+    """
+    from bench.measure import rolling as measure
+    from bench.rolling import Plan
+
+    rooms: Rooms = context.obj
+    measure(rooms.whole, _queries(rooms, data, list(SKILLS), 100), Plan(rate, pause, deadline), as_json=as_json)
 
 
 @app.command("seal")

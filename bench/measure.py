@@ -13,9 +13,11 @@ from rich.console import Console
 
 from bench import overhead as own_cost
 from bench import plot as plots
+from bench import rolling as roll
 from bench import saturation, tables
+from bench import sites as two_sites
 from bench.arms import ARMS, SEQUENTIAL, TITLES
-from bench.bundle import Start, Variant
+from bench.bundle import Start, StartSite, StartWhole, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
 from bench.chaos import Plan, as_dict, cases
 from bench.client import Client
@@ -171,6 +173,42 @@ def chaos(
             console.print(f"{c.name}: {times} x {lie}")
     if steps:
         console.print(tables.saturation_table(steps, f"saturation: {most:.1f} good answers a second"))
+
+
+def sites(start: StartSite, queries: Sequence[Query], plan: two_sites.Plan, *, as_json: bool) -> None:
+    """Cut the link between two sites and print what came of it; raises `BenchError` if a demand does not hold."""
+    with bar("asking") as report:
+        found = two_sites.run(start, queries, plan, report)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        title = f"{plan.rate:g} requests/s, {plan.seconds:g} s a phase, deadline {plan.deadline_ms:g} ms"
+        terminal(stderr=False).print(tables.sites_table(found.phases, title))
+        print(f"escalation resumed {tables.number(found.resumed_s)} s after the sites were joined again")
+    _held(found.failings)
+
+
+def rolling(start: StartWhole, queries: Sequence[Query], plan: roll.Plan, *, as_json: bool) -> None:
+    """Replace every function and print what came of it; raises `BenchError` if a demand does not hold."""
+    with bar("replacing") as report:
+        found = roll.run(start, queries, plan, report)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        turns = ", ".join(f"{r.name} ({r.took_s:.1f} s)" for r in found.restarts)
+        print(f"replaced: {turns}")
+        print(
+            f"{found.sent} requests at {plan.rate:g}/s: {found.failed} failed, {found.flagged} flagged {found.reasons}"
+        )
+        print(
+            f"p50 {tables.number(found.p50_ms)} ms, p99 {tables.number(found.p99_ms)} ms; answered by {found.sources}"
+        )
+    _held(found.failings)
+
+
+def _held(failings: Sequence[str]) -> None:
+    if failings:
+        raise BenchError(f"does not hold: {'; '.join(failings)}")
 
 
 def _factors(site: Site) -> str:

@@ -15,6 +15,7 @@ from bench.evaluate import Evaluation
 from bench.memory import GB
 from bench.metrics import Row
 from bench.saturation import Step
+from bench.sites import Phase
 
 NAMES = {
     "linear": "linear baseline",
@@ -112,6 +113,20 @@ def chaos_table(cases: Sequence[Case], title: str) -> Table:
         shares = (percent(c.answered), percent(c.in_time), number(c.p50_ms), number(c.p99_ms), number(c.worst_late_ms))
         rest = (percent(c.truthful), number(c.amplification, 2), str(c.local_only_bytes), number(c.recovered_s))
         table.add_row(c.name, *shares, *rest, ", ".join(c.failings), style="red" if c.failings else None)
+    return table
+
+
+def sites_table(phases: Sequence[Phase], title: str) -> Table:
+    """What came of each phase of a link that is cut and mended."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("sent", "answered", "by the edge", "flagged", "lies", "p50 ms", "p99"):
+        table.add_column(name, justify="right")
+    table.add_column("reasons")
+    for p in phases:
+        counts = (p.sent, p.answered, p.sources.get("edge", 0), p.flagged, sum(p.lies.values()))
+        reasons = ", ".join(f"{reason} {times}" for reason, times in p.reasons.items())
+        table.add_row(p.name, *map(str, counts), number(p.p50_ms), number(p.p99_ms), reasons)
     return table
 
 

@@ -2,6 +2,7 @@
 
 DeployError
 ├── StackError    stack.yml cannot be read, or names what is not there
+├── ImageError    an image cannot be built
 └── StartError    a process of the bundle did not start, or did not get ready
 """
 
@@ -12,6 +13,10 @@ class DeployError(Exception):
 
 class StackError(DeployError):
     """stack.yml is missing, malformed, or does not have what was asked for."""
+
+
+class ImageError(DeployError):
+    """No engine to build with, something is missing in the build context, or the build failed."""
 
 
 class StartError(DeployError):

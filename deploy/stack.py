@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import yaml
 
 from deploy.errors import StackError
 
+SECRETS_FOLDER = "/var/openfaas/secrets/"
+"""Where OpenFaaS mounts what stack.yml names under `secrets`."""
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
 
@@ -24,6 +26,19 @@ class Function:
     handler: str
     fprocess: str
     environment: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    build_args: Mapping[str, str] = field(default_factory=dict)
+
+    def with_secrets(self, folder: Path | None) -> Function:
+        """Settings that name a secret name it in `folder`; without one, this place has no secrets and they are gone."""
+        moved = {
+            key: str(folder / value.removeprefix(SECRETS_FOLDER)) if folder else ""
+            for key, value in self.environment.items()
+            if value.startswith(SECRETS_FOLDER)
+        }
+        kept = {key: value for key, value in {**self.environment, **moved}.items() if value or key not in moved}
+        return replace(self, environment=kept)
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,13 @@ class Stack:
                 raise StackError(f"stack.yml has no function '{name}'; it has {', '.join(self.functions)}")
         kept = {name: f for name, f in self.functions.items() if not names or name in names}
         return Stack(kept, self.copies)
+
+    def site(self, name: str) -> Stack:
+        """Keep the functions of one site, by their label; raises `StackError` for a site that has none."""
+        sites = sorted({f.labels.get("site", "") for f in self.functions.values()} - {""})
+        if name not in sites:
+            raise StackError(f"stack.yml has no site '{name}'; it has {', '.join(sites) or 'none'}")
+        return Stack({n: f for n, f in self.functions.items() if f.labels.get("site") == name}, self.copies)
 
     def varied(self, variants: Mapping[str, tuple[str, Mapping[str, str]]]) -> Stack:
         """Functions named anew: each a function of this stack with part of its environment changed.
@@ -91,4 +113,7 @@ def _function(name: str, spec: Any) -> Function:
     for key, value in environment.items():
         if not isinstance(value, str):
             raise StackError(f"function '{name}': '{key}' must be text; put its value in quotes")
-    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment)
+    labels = {key: str(value) for key, value in (spec.get("labels") or {}).items()}
+    secrets = tuple(str(secret) for secret in spec.get("secrets") or ())
+    arguments = {key: str(value) for key, value in (spec.get("build_args") or {}).items()}
+    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment, labels, secrets, arguments)

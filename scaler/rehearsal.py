@@ -70,9 +70,7 @@ class Played:
     replica_s: float
 
 
-def play(
-    past: Sequence[Past], habit: Habit, service: Service, terms: Terms, most_late: float = math.inf
-) -> Played:
+def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, most_late: float = math.inf) -> Played:
     """Play the past again; linear in its length. With more than `most_late` requests late it is given up."""
     backlog_s = late = requests = cost = now_s = 0.0
     always_late = service.beyond(terms.slo_s)

@@ -10,6 +10,7 @@ from bench.bundle import Running, Variant
 from bench.queries import Query
 from deploy.local.bundle import Bundle, Settings, site
 from deploy.local.plan import IN_CLUSTER_GATEWAY
+from deploy.local.rolling import Rolling
 from deploy.stack import Function, Stack
 from functions.dispatcher.policy_file import PolicySource
 from tests.fakes import FakeTier, card, dispatcher_app, free_port, served, tier_app
@@ -46,11 +47,31 @@ def _stack() -> Stack:
     peer = f"http://{IN_CLUSTER_GATEWAY}:8080/function"
     tier = {"MODEL_PATH": "nowhere", "FAKE_TOKEN_S": "0.005", "MAX_INFLIGHT": "4", "QUEUE_LIMIT": "8"}
     dispatcher = {"DEVICE_URL": f"{peer}/device", "EDGE_URL": f"{peer}/edge", "MAX_INFLIGHT": "16", "QUEUE_LIMIT": "8"}
+    federation = {"FEDERATION_NODES": f"device={peer}/device", "EDGE_URL": f"{peer}/edge"}
     functions = [
+        _function("federation", "functions.federation.app:create_app()", **federation),
         _function("dispatcher", "functions.dispatcher.app:create_app()", **dispatcher),
         *(_function(n, "tests.fakes:create_app_for_gunicorn()", TIER_NAME=n, **tier) for n in ("device", "edge")),
     ]
     return Stack({function.name: function for function in functions}, ())
+
+
+@contextmanager
+def start_whole() -> Iterator[Rolling]:
+    """All functions as processes that can be replaced."""
+    with Rolling(_stack(), Settings(site(ROOT, {}), port=0, stop_timeout_s=10.0), lambda _name, _line: None) as bundle:
+        yield bundle
+
+
+@contextmanager
+def start_site(name: str, variables: Mapping[str, str]) -> Iterator[str]:
+    """One site as processes behind a gateway of its own."""
+    names = {"device": ("dispatcher", "device"), "edge": ("edge",)}[name]
+    stack = _stack()
+    changes = {"dispatcher": variables} if name == "device" else {}
+    stack = stack.varied({n: (n, changes.get(n, {})) for n in names})
+    with Bundle(stack, Settings(site(ROOT, {}), port=0, stop_timeout_s=5.0), lambda _name, _line: None) as bundle:
+        yield bundle.url
 
 
 @contextmanager

@@ -53,12 +53,17 @@ def grids(trace: Trace, site: Site) -> Mapping[str, Sequence[Setting]]:
         ],
         "concurrency": [
             Setting("concurrency", (("target", c),), lambda _, c=c: Concurrency(c), stabilisation_s=down)
-            for c in (f * site.target.slots for f in (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0, 1.2, 1.5))
+            for c in (
+                f * site.target.slots for f in (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0, 1.2, 1.5)
+            )
             for down in DOWN_S
         ],
         "KEDA on queue": [
             Setting("KEDA on queue", (("threshold", c), ("waiting", w)), lambda _, c=c, w=w: Queue(c, w), 60.0, down)
-            for thresholds, w in (((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.3, 1.6), False), ((0.1, 0.2, 0.5, 1, 2), True))
+            for thresholds, w in (
+                ((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.3, 1.6), False),
+                ((0.1, 0.2, 0.5, 1, 2), True),
+            )
             for c in (f * site.target.slots for f in thresholds)
             for down in DOWN_S
         ],

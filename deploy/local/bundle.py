@@ -168,6 +168,7 @@ def running(stack: Stack, settings: Settings, sink: Sink) -> Iterator[str]:
         yield bundle.url
 
 
-def site(root: Path, environment: Mapping[str, str]) -> Site:
+def site(root: Path, environment: Mapping[str, str], secrets: Path | None = None) -> Site:
     """This machine's folders: `EDGECASCADE_HOME` moves what is built (default `var` beside stack.yml)."""
-    return Site(root, Path(environment.get("EDGECASCADE_HOME") or root / "var").absolute())
+    home = Path(environment.get("EDGECASCADE_HOME") or root / "var").absolute()
+    return Site(root, home, secrets.absolute() if secrets else None)

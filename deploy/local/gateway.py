@@ -37,6 +37,8 @@ HOP_BY_HOP = frozenset(
     }
 )  # fmt: skip
 CHUNK_BYTES = 64 * 1024
+_NO_WORD = "without sending a response"
+"""How httpcore tells a connection that was closed from an answer that is none."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault
         super().__init__(message)
         self.status = status
         self.kind = kind
+
+
+class _SilentError(Exception):
+    """The connection was closed before the head of an answer came."""
+
+    def __init__(self, cause: httpx.TransportError) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class Gateway:
@@ -126,10 +136,15 @@ class Gateway:
         return response
 
     def _ask(self, name: str, path: str, request: Request, trace: Mapping[str, str]) -> Response:
-        """Ask a replica; one that takes no connection was not asked, so that another may be."""
+        """Ask a replica; one that takes no connection was not asked, so that another may be.
+
+        One that closes the connection before the head of its answer is asked once more, by a new connection: it may
+        have been closing just then. The functions answer the same question twice without harm.
+        """
         body = self._body(request)
         headers = [*_passed_on(request.headers.items()), *trace.items(), ("X-Forwarded-Host", request.host)]
-        refused: dict[str, httpx.ConnectError] = {}
+        refused: dict[str, httpx.TransportError] = {}
+        silent: set[str] = set()
         while True:
             place = self._balance.place(name, self._config.timeout_s, frozenset(refused))
             if place is None:
@@ -140,12 +155,19 @@ class Gateway:
                 return self._send(name, sent, place, streams=_wants_stream(request))
             except httpx.ConnectError as error:
                 refused[place.address] = error
+            except _SilentError as error:
+                if place.address in silent:
+                    refused[place.address] = error.cause
+                silent.add(place.address)
 
     def _send(self, name: str, sent: httpx.Request, place: Place, *, streams: bool) -> Response:
-        """One exchange; the place is free when the answer has been passed on. Raises `httpx.ConnectError`."""
+        """One exchange; the place is free when the answer has been passed on.
+
+        Raises `httpx.ConnectError`, or `_SilentError`.
+        """
         kept = False
         try:
-            answer = self._client.send(sent, stream=True)
+            answer = self._begin(sent)
             if streams:
                 response = _streamed(answer)
                 response.call_on_close(place.free)
@@ -163,6 +185,15 @@ class Gateway:
         finally:
             if not kept:
                 place.free()
+
+    def _begin(self, sent: httpx.Request) -> httpx.Response:
+        """Send the request and read the answer's head; raises `_SilentError` if the connection closes before that."""
+        try:
+            return self._client.send(sent, stream=True)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+            if isinstance(error, httpx.RemoteProtocolError) and _NO_WORD not in str(error):
+                raise
+            raise _SilentError(error) from error
 
     def _target(self, request: Request) -> tuple[str, str]:
         """Which function, and the path and query it sees."""
@@ -202,7 +233,7 @@ def _unreachable(name: str) -> Refusal:
     return Refusal(502, "function_unreachable", f"function '{name}' cannot be reached; look at its log")
 
 
-def _nobody(name: str, cause: httpx.ConnectError | None) -> Refusal:
+def _nobody(name: str, cause: httpx.TransportError | None) -> Refusal:
     if cause is None:
         return Refusal(503, "no_replica", f"no replica of function '{name}' got ready in time; look at its log")
     refusal = _unreachable(name)
@@ -260,7 +291,7 @@ def create_app(config: Config | None = None) -> WSGIApplication:
     client = httpx.Client(
         timeout=httpx.Timeout(config.timeout_s, connect=config.connect_timeout_s),
         # Functions keep idle connections for 75 s: let go before they do, or a request meets a closing one.
-        limits=httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30.0),
+        limits=httpx.Limits(max_connections=512, max_keepalive_connections=64, keepalive_expiry=30.0),
         trust_env=False,
     )
     balance = Balance(config.routes, config.replicas)

@@ -18,6 +18,7 @@ WATCHDOG_KEYS = frozenset(
         "mode", "upstream_url", "fprocess", "ready_path", "exec_timeout", "read_timeout", "write_timeout",
         "healthcheck_interval", "max_inflight", "prefix_logs", "log_buffer_size", "log_call_id", "suppress_lock",
         "static_path", "port", "buffer_http", "http_buffer_req_body", "jwt_auth",
+        "LINGER_S",  # for what the watchdog lets in after SIGTERM
     }
 )  # fmt: skip
 PASSED_ON = frozenset(
@@ -26,7 +27,7 @@ PASSED_ON = frozenset(
 # The address of a function, alone or in a list of them.
 _PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 GATEWAY_COMMAND = (
-    "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 96 --keep-alive 75 "
+    "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 256 --keep-alive 75 "
     "--graceful-timeout 60 --timeout 120 --no-control-socket deploy.local.gateway:create_app()"
 )
 
@@ -42,19 +43,27 @@ class Command:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the bundle runs: this machine's folders instead of the image's."""
+    """Where the bundle runs: this machine's folders instead of the image's.
+
+    `secrets`: the folder with the secrets that stack.yml names, and then the tiers are the sealed ones, as in the
+    images. None: there are none, no key is asked for, and the tiers are those that were built here.
+    """
 
     root: Path
     home: Path
+    secrets: Path | None = None
 
     @property
     def folders(self) -> Mapping[str, Path]:
         """Each folder of the images that functions are told of, and where it lies here."""
         return {
-            "/home/app/tiers/device": self.root / "models" / "tiers" / "device",
-            "/home/app/tiers/edge": self.home / "edge",
+            "/home/app/tiers/device": self._tier("device", self.root / "models" / "tiers" / "device"),
+            "/home/app/tiers/edge": self._tier("edge", self.home / "edge"),
             "/tmp/federation": self.home / "federation",  # noqa: S108  # in the image; here it is another folder
         }
+
+    def _tier(self, name: str, plain: Path) -> Path:
+        return self.home / "sealed" / name if self.secrets else plain
 
 
 def function_command(
@@ -63,7 +72,7 @@ def function_command(
     """The process of one function: watchdog settings dropped, peers and folders made local."""
     own = {
         key: _local(value, ports, gateway_port, site)
-        for key, value in function.environment.items()
+        for key, value in function.with_secrets(site.secrets).environment.items()
         if key not in WATCHDOG_KEYS
     }
     return Command(function.name, _words(function.name, function.fprocess), {**_base(inherited), **own})
@@ -81,6 +90,12 @@ def commands(
     """Every process of the bundle, in the order to start them: functions, then the gateway."""
     functions = [function_command(f, ports, gateway_port, site, inherited) for f in stack.functions.values()]
     return [*functions, gateway_command(ports, inherited)]
+
+
+def listed_gateway_command(replicas: Path, inherited: Mapping[str, str]) -> Command:
+    """The gateway's process where functions come and go: it finds them in a list that it reads again and again."""
+    environment = {**_base(inherited), "GATEWAY_REPLICAS": str(replicas)}
+    return Command("gateway", _words("gateway", GATEWAY_COMMAND), environment)
 
 
 def _base(inherited: Mapping[str, str]) -> dict[str, str]:

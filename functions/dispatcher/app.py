@@ -35,16 +35,18 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     """
     if config is None:
         app = create_app(DispatcherConfig.from_environment(os.environ))
-        drain_on_sigterm(app.extensions[EXTENSION].drain)
+        site = app.extensions[EXTENSION]
+        drain_on_sigterm(site.drain, site.common.linger_s)
         return app
     policy = PolicyWatch(config.policy)
     watch = config.power.watch(lambda: policy.policy().power_limits)
     site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
     fallback = open_fallback(config.rules_file, config.messages_file)
+    key = config.common.api_keys.headers
     dispatcher = Dispatcher(
         policy=policy.policy,
-        device=TierClient(Target("device", config.device_url, config.common.deadline_s)),
-        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s)),
+        device=TierClient(Target("device", config.device_url, config.common.deadline_s, key, config.trusted)),
+        edge=TierClient(Target("edge", config.edge_url, config.edge_timeout_s, key, config.trusted)),
         node_id=config.common.node_id,
         power=watch.power,
         savings=Savings(config.power.figures, time.monotonic),

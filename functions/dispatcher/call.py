@@ -28,6 +28,7 @@ OK, TOO_MANY = 200, 429
 _REPLY_BYTES = 16 << 20
 _CONNECT_S = 1.0
 _CLIENT_ERRORS = range(400, 500)
+_UNAUTHORISED = 401
 _UNREACHED = frozenset({502, 503, 504})
 
 
@@ -221,7 +222,8 @@ class Call:
         if status == TOO_MANY:  # it is full, and well
             self.close()
             return TierFailedError(f"{self.name}_busy")
-        refusal = _refusal(status, said) if status in _CLIENT_ERRORS else None
+        at_fault = status in _CLIENT_ERRORS and status != _UNAUTHORISED  # the key is ours, not the caller's
+        refusal = _refusal(status, said) if at_fault else None
         if refusal is not None:
             self.close()
             return refusal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ class DispatcherConfig:
 
     `edge_timeout_s`: the longest the edge is waited for, whatever the deadline. `rules_file` and `messages_file` say
     what is answered without a model; None: no rules, and the messages that we ship. `cache`: answers given before.
+    `trusted`: whose certificates the tiers may have; None: the system's authorities.
     """
 
     device_url: str
@@ -29,6 +31,7 @@ class DispatcherConfig:
     rules_file: Path | None = None
     messages_file: Path | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
+    trusted: ssl.SSLContext | None = None
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -45,6 +48,7 @@ class DispatcherConfig:
             rules_file=_path(environment, "RULES_FILE"),
             messages_file=_path(environment, "MESSAGES_FILE"),
             cache=CacheConfig.read(environment),
+            trusted=environment.trusted(),
             common=Common.read(environment, max_inflight=64),
         )
 

@@ -128,14 +128,25 @@ def _close_all(links: deque[_Link]) -> None:
 
 
 class Pool:
-    """Connections to one function that are kept alive, the one used last first. Safe to use from several threads."""
+    """Connections to one function that are kept alive, the one used last first. Safe to use from several threads.
 
-    def __init__(self, url: Url, most_idle: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+    `headers` go with every request; `trusted` says whose certificates it may have, None: the system's authorities.
+    """
+
+    def __init__(
+        self,
+        url: Url,
+        most_idle: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+        headers: Mapping[str, str] | None = None,
+        trusted: ssl.SSLContext | None = None,
+    ) -> None:
         self.url = url
+        self.headers = headers or {}
         self._clock = clock
         self._names = Names(url.host, url.port)
         self._idle: deque[_Link] = deque(maxlen=most_idle)
-        self._tls = threading.Lock(), list[ssl.SSLContext]()
+        self._tls = threading.Lock(), [trusted] if trusted else []
         weakref.finalize(self, _close_all, self._idle)
 
     def take(self) -> _Link | None:
@@ -286,7 +297,7 @@ class Exchange:
         Method, path and headers are our own words: nothing in them comes from a caller.
         """
         lines = [f"{method} {pool.url.path}{path} HTTP/1.1", f"Host: {pool.url.authority}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += [f"{name}: {value}" for name, value in {**pool.headers, **headers}.items()]
         request = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode("ascii") + body
         link = pool.take()
         if link is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from functions.dispatcher import wire
@@ -25,18 +26,20 @@ _JSON = {"Accept": "application/json"}
 
 @dataclass(frozen=True)
 class Target:
-    """Which tier, and where. `timeout_s`: the longest it is waited for."""
+    """Which tier, and where. `timeout_s`: the longest it is waited for; `headers` and `trusted` as `Pool` has them."""
 
     name: str
     url: str
     timeout_s: float
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trusted: ssl.SSLContext | None = None
 
 
 class TierClient:
     """Asks one tier, and knows how it has been doing."""
 
     def __init__(self, target: Target, breaker: Breaker | None = None) -> None:
-        self._pool = Pool(Url.of(target.url))
+        self._pool = Pool(Url.of(target.url), headers=target.headers, trusted=target.trusted)
         self._health = Health(target.name, target.timeout_s, breaker or Breaker(self.probe))
 
     @property

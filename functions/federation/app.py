@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,8 @@ def create_app(config: FederationConfig | None = None) -> Flask:
     """Wire the federation; without a config it is a server's process and reads the environment."""
     if config is None:
         app = create_app(FederationConfig.from_environment(os.environ))
-        drain_on_sigterm(app.extensions[EXTENSION].drain)
+        site = app.extensions[EXTENSION]
+        drain_on_sigterm(site.drain, site.common.linger_s)
         return app
     site = Site.create(NAME, config.common)
     parts = Parts.create(config)
@@ -86,9 +87,10 @@ class Parts:
         except StoreError as error:
             raise ConfigError(f"FEDERATION_STATE_PATH: {error}") from error
         loop = Loop()
-        nodes = _client(config.common.max_inflight * len(config.nodes))
+        trusted, key = config.trusted or ssl.create_default_context(), config.common.api_keys.headers
+        nodes = _client(config.common.max_inflight * len(config.nodes), trusted, key)
         tiers = tuple(HttpTier(name, url, nodes) for name, url in config.nodes.items())
-        edge = httpx.Client(trust_env=False) if config.edge_url else None
+        edge = httpx.Client(trust_env=False, verify=trusted, headers=key) if config.edge_url else None
         forwarder = None
         if edge is not None:
             asked = HttpEdge(config.edge_url, edge, config.common.deadline_s)
@@ -143,13 +145,13 @@ class Parts:
         self.log.close()
 
 
-def _client(connections: int) -> httpx.AsyncClient:
+def _client(connections: int, trusted: ssl.SSLContext, headers: Mapping[str, str]) -> httpx.AsyncClient:
     """One pool for all nodes. One retry, of the connection alone: no byte of a request is sent twice."""
     limits = httpx.Limits(
         max_connections=2 * connections, max_keepalive_connections=connections, keepalive_expiry=_KEEP_ALIVE_S
     )
-    transport = httpx.AsyncHTTPTransport(retries=1, limits=limits, verify=ssl.create_default_context())
-    return httpx.AsyncClient(transport=transport, trust_env=False)
+    transport = httpx.AsyncHTTPTransport(retries=1, limits=limits, verify=trusted)
+    return httpx.AsyncClient(transport=transport, trust_env=False, headers=headers)
 
 
 def _file(config: FederationConfig, name: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ class FederationConfig:
     """Whom to ask, when a vote counts, and where what is shared is kept.
 
     `quorum` None: more than half of the nodes. `state_path` None: in memory, where a restart loses it. `redis_url`
-    empty: the shared log is an SQLite file, this node's alone. `edge_url` empty: nothing can be deferred.
+    empty: the shared log is an SQLite file, this node's alone. `edge_url` empty: nothing can be deferred. `trusted`:
+    whose certificates nodes and edge may have; None: the system's authorities.
     """
 
     nodes: Mapping[str, str]
@@ -32,6 +34,7 @@ class FederationConfig:
     mqtt_url: str = field(default="", repr=False)
     bounds: Bounds = field(default_factory=Bounds)
     deferred_limit: int = 1000
+    trusted: ssl.SSLContext | None = None
     common: Common = field(default_factory=Common)
 
     @property
@@ -60,6 +63,7 @@ class FederationConfig:
                 retention_s=environment.number("FEDERATION_RETENTION_S", bounds.retention_s, 1, 31_536_000),
             ),
             deferred_limit=environment.integer("FEDERATION_DEFERRED_LIMIT", cls.deferred_limit, 1, 1_000_000),
+            trusted=environment.trusted(),
             common=Common.read(environment, max_inflight=16),
         )
 

@@ -193,6 +193,7 @@ def _check(status: int, body: Any) -> None:
     if status in _BUSY:
         raise NodeFailedError("busy")
     error = body.get("error") if isinstance(body, Mapping) else None
-    if status in _REFUSALS and isinstance(error, Mapping) and isinstance(error.get("message"), str):
+    at_fault = status in _REFUSALS and status != httpx.codes.UNAUTHORIZED  # the key is ours, not the caller's
+    if at_fault and isinstance(error, Mapping) and isinstance(error.get("message"), str):
         raise RefusedError(status, error["message"], param=error.get("param"), code=error.get("code"))
     raise NodeFailedError("unreachable" if status in _REFUSALS else "error")

@@ -2,6 +2,7 @@
 
     ApiError            status, message, field (`param`), code
     ├── RefusedError         4xx: the request is at fault; `param` names the field
+    │   └── UnauthorisedError    401: it bears no key of ours
     ├── OverloadedError      429/503 with Retry-After: not admitted, come back later
     ├── BrokenOffError     5xx: the answer could not be finished
     └── ClientLeftError    499: nobody reads the answer any more; for the metrics only
@@ -48,6 +49,18 @@ class RefusedError(ApiError):
     """The request cannot be served as it is."""
 
     type = "invalid_request_error"
+
+
+class UnauthorisedError(RefusedError):
+    """The request bears no key of ours."""
+
+    def __init__(self) -> None:
+        message = "an API key is needed: send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+        super().__init__(401, message, code="invalid_api_key")
+
+    def headers(self) -> dict[str, str]:
+        """RFC 9110, 11.6.1: a 401 says how to log in."""
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class OverloadedError(ApiError):

@@ -7,14 +7,13 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from functions.serving.secrets import SecretError, read_secret
 from functions.serving.settings import ConfigError, KeySettings
 from models.artifact.keys import PUBLIC, SEALING, SIGNING, KeyWrapper, LocalKey, parse_key
 from models.errors import KeyUnavailableError, SealError
 
-_KEY_FILE_BYTES = 4096
 _PR_SET_DUMPABLE = 4
 _NOT_OURS = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
 
@@ -48,14 +47,10 @@ def read_signing_key(path: str) -> bytes:
 
 
 def _text(setting: str, path: str) -> str:
-    """Read a file; its name is not repeated, as it may be a key that was put in the wrong setting."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            return file.read(_KEY_FILE_BYTES)
-    except OSError as error:
-        raise ConfigError(f"{setting} names a file that cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{setting} names a file that is not text and holds no key") from None
+        return read_secret(setting, path)
+    except SecretError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _parsed(setting: str, purpose: str, text: str) -> bytes:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
+from functions.serving.api_keys import ApiKeys
+from functions.serving.secrets import SecretError
 from models.runtime.providers import CPU, PROVIDERS
 
 COMMON_KEYS = (
@@ -19,6 +22,8 @@ COMMON_KEYS = (
     "QUEUE_LIMIT",
     "DEADLINE_MS",
     "DEFAULT_SKILL",
+    "API_KEY_FILE",
+    "LINGER_S",
 )
 TIER_KEYS = (
     "MODEL_PATH",
@@ -46,6 +51,7 @@ DISPATCHER_KEYS = (
     "CACHE_RETENTION_S",
     "CACHE_ALIKE_ABOVE",
 )
+CALLER_KEYS = ("CA_FILE",)
 POWER_KEYS = (
     "POWER_SOURCES",
     "POWER_INTERVAL_MS",
@@ -87,9 +93,9 @@ FOREIGN_KEYS = (
 )
 
 _OURS = re.compile(
-    r"^(CACHE_|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LOOKUP_|MAX_BODY|MAX_INFLIGHT"
-    r"|MESSAGES_|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT|RULES_|SHARD_ID|SLOWDOWN|THREADS"
-    r"|TIER_)"
+    r"^(API_KEY|CACHE_|CA_FILE|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LINGER_"
+    r"|LOOKUP_|MAX_BODY|MAX_INFLIGHT|MESSAGES_|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT"
+    r"|RULES_|SHARD_ID|SLOWDOWN|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -107,7 +113,7 @@ class Environment:
 
     def check_names(self) -> None:
         """Raise `ConfigError` for a key that looks like ours and is not."""
-        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *FEDERATION_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
+        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *CALLER_KEYS, *FEDERATION_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
         for key in sorted(self.values):
             if key not in known and _OURS.match(key) and not _SERVICE_LINK.match(key):
                 raise ConfigError(f"{key} is not a setting of edgecascade; known are {', '.join(sorted(known))}")
@@ -143,6 +149,21 @@ class Environment:
             raise ConfigError(f"{key} names '{unknown}'; known are {', '.join(known)}, separated by commas")
         return names
 
+    def api_keys(self) -> ApiKeys:
+        """The keys that callers must bear, from the secret that `API_KEY_FILE` names; none if it is empty."""
+        try:
+            return ApiKeys.read(self.text("API_KEY_FILE", ""))
+        except SecretError as error:
+            raise ConfigError(str(error)) from None
+
+    def trusted(self) -> ssl.SSLContext | None:
+        """Whom our https calls trust: the authorities in `CA_FILE` alone; None if it is empty: the system's."""
+        path = self.text("CA_FILE", "")
+        try:
+            return ssl.create_default_context(cafile=path) if path else None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"CA_FILE: '{path}' cannot be read, or holds no certificate in PEM form") from error
+
     def address(self, key: str) -> str:
         """An http(s) address without user, query or closing slash; errors do not repeat it."""
         value = self.text(key)
@@ -158,7 +179,10 @@ class Environment:
 
 @dataclass(frozen=True)
 class Common:
-    """What every function is told. `deadline_s` is the longest a request may take; a caller can only shorten it."""
+    """What every function is told. `deadline_s` is the longest a request may take; a caller can only shorten it.
+
+    `linger_s`: how long a function that is told to stop goes on answering, until nobody sends it anything any more.
+    """
 
     node_id: str = "local"
     shard_id: str = "whole"
@@ -167,6 +191,8 @@ class Common:
     queue_limit: int = 16
     deadline_s: float = 55.0
     default_skill: str = "assistant"
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
+    linger_s: float = 0.0
 
     @classmethod
     def read(cls, environment: Environment, max_inflight: int) -> Self:
@@ -179,6 +205,8 @@ class Common:
             queue_limit=environment.integer("QUEUE_LIMIT", cls.queue_limit, 0, 4096),
             deadline_s=environment.number("DEADLINE_MS", cls.deadline_s * 1e3, 1, 3_600_000) / 1e3,
             default_skill=environment.text("DEFAULT_SKILL", cls.default_skill),
+            api_keys=environment.api_keys(),
+            linger_s=environment.number("LINGER_S", cls.linger_s, 0, 600),
         )
 
 

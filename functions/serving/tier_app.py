@@ -56,7 +56,8 @@ def local_loader(settings: KeySettings) -> Load:
 def create_tier_server(name: str, load: Load | None = None) -> Flask:
     """The app of a server's process: settings from the environment, drained on SIGTERM."""
     app = create_tier_app(TierConfig.from_environment(os.environ, name), load)
-    drain_on_sigterm(app.extensions[EXTENSION].drain)
+    site = app.extensions[EXTENSION]
+    drain_on_sigterm(site.drain, site.common.linger_s)
     return app
 
 

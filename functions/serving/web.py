@@ -8,18 +8,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, jsonify, request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from werkzeug.exceptions import HTTPException
 
 from functions.serving import openapi
 from functions.serving.admission import Gate
-from functions.serving.errors import ApiError, BrokenOffError, OverloadedError, from_http
+from functions.serving.api_keys import ApiKeys
+from functions.serving.errors import ApiError, BrokenOffError, OverloadedError, UnauthorisedError, from_http
 from functions.serving.lifecycle import Drain, Lifecycle
 from functions.serving.metrics import Metrics
 from functions.serving.settings import Common
 
 EXTENSION = "edgecascade"
+OPEN_PATHS = frozenset({"/healthz", "/_/ready", "/metrics"})
+"""What probes and Prometheus ask, which have no key."""
+_BEARER = "bearer "
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,6 +54,8 @@ def create_base(site: Site, lifecycle: Lifecycle, extra: openapi.Extra | None = 
     app.extensions[EXTENSION] = site
     app.url_map.strict_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    if site.common.api_keys:
+        _add_key_check(app, site.common.api_keys)
     _add_status_routes(app, site, lifecycle, openapi.document(site.name, extra))
     _add_error_handlers(app, site)
     return app
@@ -85,6 +91,22 @@ def _add_status_routes(app: Flask, site: Site, lifecycle: Lifecycle, document: d
     @app.get("/openapi.json")
     def openapi_document() -> Any:
         return jsonify(document)
+
+
+def _add_key_check(app: Flask, keys: ApiKeys) -> None:
+    """Refuse whatever bears no key, unknown routes included, before anything of it is read."""
+
+    @app.before_request
+    def check_key() -> None:
+        if request.path not in OPEN_PATHS and not keys.admit(_shown_keys()):
+            raise UnauthorisedError
+
+
+def _shown_keys() -> list[str]:
+    """The keys in the request's headers: `Authorization: Bearer …`, as OpenAI's clients send it, and `X-API-Key`."""
+    authorization = request.headers.get("Authorization", "")
+    bearer = authorization[len(_BEARER) :] if authorization.lower().startswith(_BEARER) else ""
+    return [key.strip() for key in (bearer, request.headers.get("X-API-Key", "")) if key.strip()]
 
 
 def _add_error_handlers(app: Flask, site: Site) -> None:

@@ -43,16 +43,21 @@ def _signer(signing_key: bytes | None) -> Callable[[bytes], bytes] | None:
     return None if signing_key is None else lambda manifest: sign_manifest(manifest, signing_key)
 
 
-def write_keys(folder: Path) -> list[Path]:
+KEY_FILES = ("seal.key", "sign.key", "sign.pub")
+"""What seals and opens, what signs, and what checks signatures."""
+
+
+def write_keys(folder: Path, names: tuple[str, str, str] = KEY_FILES) -> list[Path]:
     """Make a sealing key, a signing key and its public key in `folder`; the first two for the owner's eyes only.
 
     Raises `KeyUnavailableError` rather than replace a key, and if they cannot be written.
     """
     signing_key = os.urandom(KEY_BYTES)
+    seals, signs, checks = names
     made = {
-        "seal.key": (key_text(SEALING, os.urandom(KEY_BYTES)), 0o600),
-        "sign.key": (key_text(SIGNING, signing_key), 0o600),
-        "sign.pub": (key_text(PUBLIC, public_key_of(signing_key)), 0o644),
+        seals: (key_text(SEALING, os.urandom(KEY_BYTES)), 0o600),
+        signs: (key_text(SIGNING, signing_key), 0o600),
+        checks: (key_text(PUBLIC, public_key_of(signing_key)), 0o644),
     }
     there = next((folder / name for name in made if (folder / name).exists()), None)
     if there:

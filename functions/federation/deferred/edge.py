@@ -15,8 +15,8 @@ _CONNECT_S = 2.0
 _REFUSALS = range(400, 500)
 # A gateway says this where it could not reach the function behind it.
 _GATEWAYS_OWN = "X-OpenFaaS-Internal"
-# These say nothing of the question: a gateway's time-out, a lock, too early, too many.
-_LATER = frozenset({408, 409, 423, 425, 429})
+# These say nothing of the question: our key, a gateway's time-out, a lock, too early, too many.
+_LATER = frozenset({401, 408, 409, 423, 425, 429})
 
 
 class NotNowError(Exception):
