@@ -1,8 +1,9 @@
 """The exception tree of `deploy`.
 
 DeployError
-├── StackError    stack.yml cannot be read, or names what is not there
-└── StartError    a process of the bundle did not start, or did not get ready
+├── StackError      stack.yml cannot be read, or names what is not there
+├── ManifestError   a Kubernetes manifest or kustomization cannot be read, or names what is not there
+└── StartError      a process of the bundle did not start, or did not get ready
 """
 
 
@@ -16,3 +17,7 @@ class StackError(DeployError):
 
 class StartError(DeployError):
     """A process ended before it was ready, or took too long."""
+
+
+class ManifestError(DeployError):
+    """A file under deploy/kubernetes is missing or malformed, or there is no overlay of that name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class Function:
     handler: str
     fprocess: str
     environment: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    requests: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,4 +95,10 @@ def _function(name: str, spec: Any) -> Function:
     for key, value in environment.items():
         if not isinstance(value, str):
             raise StackError(f"function '{name}': '{key}' must be text; put its value in quotes")
-    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment)
+    texts = {key: _texts(spec.get(key)) for key in ("labels", "requests", "limits")}
+    secrets = tuple(str(secret) for secret in spec.get("secrets") or ())
+    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment, secrets=secrets, **texts)
+
+
+def _texts(values: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (values or {}).items()}

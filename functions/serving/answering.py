@@ -17,6 +17,8 @@ from functions.serving.events import End, Event, Events
 from functions.serving.replies import ModelEntry, ModelList
 from functions.serving.web import Site, log_failure
 
+_TOO_MANY, _OURS = 429, 500
+
 
 class Service(Protocol):
     """What a function does once HTTP is out of the way."""
@@ -95,7 +97,7 @@ class _Desk:
         granted = self._site.common.deadline_s if ask.deadline_s is None else ask.deadline_s
         expires = started + min(granted, self._site.common.deadline_s)
         gone = _gone(request.environ)
-        events = self._counted(self._admitted(ask, started, expires, gone))
+        events = self._timed(ask, expires, self._counted(self._admitted(ask, started, expires, gone)))
         if ask.stream:
             return render.stream(ask, events, gone, self._broke)
         answer = render.collect(events, gone)
@@ -110,6 +112,22 @@ class _Desk:
             if isinstance(event, End):
                 self._site.metrics.answered(event.report, event.usage)
             yield event
+
+    def _timed(self, ask: Ask, expires: float, events: Events) -> Iterator[Event]:
+        """Count what became of a deadline that has a class; a bad request or a caller who left tells nothing of it."""
+        if not ask.deadline_class:
+            yield from events
+            return
+        try:
+            for event in events:
+                if isinstance(event, End):
+                    outcome = "kept" if time.monotonic() <= expires else "late"
+                    self._site.metrics.deadline(ask.deadline_class, outcome)
+                yield event
+        except Exception as error:
+            if not isinstance(error, ApiError) or error.status == _TOO_MANY or error.status >= _OURS:
+                self._site.metrics.deadline(ask.deadline_class, "failed")
+            raise
 
     def _broke(self, error: Exception) -> None:
         code = error.code if isinstance(error, ApiError) else None
