@@ -46,6 +46,8 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
+kubernetes_app = typer.Typer(help="Manifests for Kubernetes, from stack.yml.", no_args_is_help=True)
+app.add_typer(kubernetes_app, name="kubernetes")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Source = Annotated[
@@ -309,6 +311,35 @@ def try_rules(
     if plan is None:
         _fail("the rules understand nothing of it, or not all of it")
     print(json.dumps(plan.frame, ensure_ascii=False))
+
+
+@kubernetes_app.command("render")
+def render_kubernetes(
+    overlay: Annotated[str, typer.Option(help="A folder of deploy/kubernetes/overlays.")] = "k3s",
+    out: Annotated[Path | None, typer.Option(help="Write there instead: OVERLAY.yaml, or the tree.")] = None,
+    kustomize: Annotated[
+        bool, typer.Option("--kustomize", help="Write the files of the kustomize tree that follow from stack.yml.")
+    ] = False,
+) -> None:
+    """Print an overlay's manifests, of stack.yml and the variables it takes.
+
+    Examples: REGISTRY=registry.example TAG=1 edgecascade kubernetes render --overlay plain | kubectl apply -f -
+              edgecascade kubernetes render --kustomize
+    """
+    from deploy.kubernetes import render as room
+
+    stack = _stack(())
+    if kustomize:
+        texts = room.whole(stack) if out else room.derived(stack)
+        for path in room.write(texts, out or room.TREE):
+            print(path)
+        return
+    text = room.dump(room.render(stack, overlay))
+    if out is None:
+        print(text, end="")
+    else:
+        for path in room.write({f"{overlay}.yaml": text}, out):
+            print(path)
 
 
 @app.command("fetch-data")
