@@ -326,20 +326,19 @@ def render_kubernetes(
     Examples: REGISTRY=registry.example TAG=1 edgecascade kubernetes render --overlay plain | kubectl apply -f -
               edgecascade kubernetes render --kustomize
     """
-    from deploy.kubernetes import render as room
+    from deploy.kubernetes.render import TREE, derived, render, whole, write
+    from deploy.kubernetes.tree import dump
 
     stack = _stack(())
     if kustomize:
-        texts = room.whole(stack) if out else room.derived(stack)
-        for path in room.write(texts, out or room.TREE):
-            print(path)
-        return
-    text = room.dump(room.render(stack, overlay))
-    if out is None:
-        print(text, end="")
+        texts = whole(stack) if out else derived(stack)
     else:
-        for path in room.write({f"{overlay}.yaml": text}, out):
-            print(path)
+        texts = {f"{overlay}.yaml": dump(render(stack, overlay))}
+        if out is None:
+            print(*texts.values(), end="")
+            return
+    for path in write(texts, out or TREE):
+        print(path)
 
 
 @app.command("fetch-data")

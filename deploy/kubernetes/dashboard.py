@@ -8,57 +8,37 @@ from deploy.kubernetes.workloads import FUNCTION_LABEL
 
 VARIABLES = ("node_id", "shard_id", "model_version")
 _CHOSEN = "{" + ",".join(f'{name}=~"${name}"' for name in VARIABLES) + "}"
+_FUNCTION = f"{{{{{FUNCTION_LABEL}}}}}"
 _COLUMNS, _WIDTH, _HEIGHT = 2, 12, 8
+
+
+def _p95(histogram: str) -> str:
+    buckets = f"sum by (le, {FUNCTION_LABEL}) (rate({histogram}_bucket$chosen[5m]))"
+    return f"histogram_quantile(0.95, {buckets})"
+
+
 # Title, unit of Grafana, and (legend, PromQL); `$chosen` stands for the three variables' matchers.
 _PANELS = (
     ("Answers, by route", "reqps", (("{{route}}", "sum by (route) (rate(edgecascade_requests_total$chosen[5m]))"),)),
-    (
-        "Why, by reason",
-        "reqps",
-        (("{{reason}}", "sum by (reason) (rate(edgecascade_requests_total$chosen[5m]))"),),
-    ),
+    ("Why, by reason", "reqps", (("{{reason}}", "sum by (reason) (rate(edgecascade_requests_total$chosen[5m]))"),)),
     (
         "Deadlines missed, by class",
         "percentunit",
         (("{{deadline_class}}", "edgecascade:deadline_misses:ratio_rate5m"),),
     ),
-    (
-        "Latency at the 95th percentile",
-        "s",
-        (
-            (
-                f"{{{{{FUNCTION_LABEL}}}}}",
-                f"histogram_quantile(0.95, sum by (le, {FUNCTION_LABEL}) "
-                "(rate(edgecascade_request_seconds_bucket$chosen[5m])))",
-            ),
-        ),
-    ),
+    ("Latency at the 95th percentile", "s", ((_FUNCTION, _p95("edgecascade_request_seconds")),)),
     (
         "At work and waiting",
         "short",
         (
-            (f"{{{{{FUNCTION_LABEL}}}}} at work", f"sum by ({FUNCTION_LABEL}) (edgecascade_inflight_requests$chosen)"),
-            (f"{{{{{FUNCTION_LABEL}}}}} waiting", f"sum by ({FUNCTION_LABEL}) (edgecascade_waiting_requests$chosen)"),
+            (f"{_FUNCTION} at work", f"sum by ({FUNCTION_LABEL}) (edgecascade_inflight_requests$chosen)"),
+            (f"{_FUNCTION} waiting", f"sum by ({FUNCTION_LABEL}) (edgecascade_waiting_requests$chosen)"),
         ),
     ),
     ("Refused, by code", "reqps", (("{{code}}", "sum by (code) (rate(edgecascade_rejections_total$chosen[5m]))"),)),
-    (
-        "Replicas that take requests",
-        "short",
-        ((f"{{{{{FUNCTION_LABEL}}}}}", f"sum by ({FUNCTION_LABEL}) (edgecascade_ready$chosen)"),),
-    ),
+    ("Replicas that take requests", "short", ((_FUNCTION, f"sum by ({FUNCTION_LABEL}) (edgecascade_ready$chosen)"),)),
     ("Tokens", "short", (("{{kind}}", "sum by (kind) (rate(edgecascade_tokens_total$chosen[5m]))"),)),
-    (
-        "First token at the 95th percentile",
-        "s",
-        (
-            (
-                f"{{{{{FUNCTION_LABEL}}}}}",
-                f"histogram_quantile(0.95, sum by (le, {FUNCTION_LABEL}) "
-                "(rate(edgecascade_time_to_first_token_seconds_bucket$chosen[5m])))",
-            ),
-        ),
-    ),
+    ("First token at the 95th percentile", "s", ((_FUNCTION, _p95("edgecascade_time_to_first_token_seconds")),)),
     ("Battery", "percentunit", (("{{node_id}}", "min by (node_id) (edgecascade_battery_level_ratio$chosen)"),)),
 )
 

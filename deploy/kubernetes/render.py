@@ -1,4 +1,4 @@
-"""`edgecascade kubernetes render`: the manifests of an overlay, and the files of the tree that follow from stack.yml."""
+"""`edgecascade kubernetes render`: an overlay's manifests, and the files of the tree that follow from stack.yml."""
 
 from __future__ import annotations
 

@@ -22,9 +22,13 @@ Rule = dict[str, Any]
 
 CLASS_OBJECTIVE = 0.99
 LEAST_REQUESTS = 20
-WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
+_SECONDS = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21_600, "1d": 86_400, "3d": 259_200}
+WINDOWS = tuple(_SECONDS)
 REFUSALS = "broken_off|deadline|internal|overloaded"
 """Codes of `edgecascade_rejections_total` for which the caller is not to blame."""
+
+_CLASS_MISSES = "edgecascade:deadline_misses"
+_TIER_MISSES, _TIER_REQUESTS = "edgecascade:tier_misses", "edgecascade:tier_requests"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def groups(tiers: Sequence[Function]) -> dict[str, Any]:
     return {
         "groups": [
             _group("edgecascade-classes", [_class_misses(window) for window in WINDOWS]),
-            _group("edgecascade-tiers", [_tier_misses(tier, window) for tier in tiers for window in WINDOWS]),
+            _group("edgecascade-tiers", _tier_rules(tiers)),
             _group("edgecascade-demand", [rule for tier in tiers for rule in _demand(tier)]),
             _group("edgecascade-budgets", [*map(_class_alert, BURNS), *map(_tier_alert, BURNS)]),
             _group("edgecascade-states", _states(tiers)),
@@ -65,25 +69,30 @@ def _group(name: str, rules: list[Rule]) -> dict[str, Any]:
 def _class_misses(window: str) -> Rule:
     missed = f'sum by (deadline_class) (rate(edgecascade_deadlines_total{{outcome!="kept"}}[{window}]))'
     asked = f"sum by (deadline_class) (rate(edgecascade_deadlines_total[{window}]))"
-    return {"record": f"edgecascade:deadline_misses:ratio_rate{window}", "expr": f"{missed}\n/\n{asked}"}
+    return {"record": f"{_CLASS_MISSES}:ratio_rate{window}", "expr": f"{missed}\n/ {asked}"}
+
+
+def _tier_rules(tiers: Sequence[Function]) -> list[Rule]:
+    """A group's rules are evaluated in their order: requests before the share that was missed."""
+    both = (_tier_requests, _tier_misses)
+    return [rule(tier, window) for tier in tiers for window in WINDOWS for rule in both]
+
+
+def _tier_requests(tier: Function, window: str) -> Rule:
+    """Those that were answered and those that were refused."""
+    who = f'{FUNCTION_LABEL}="{tier.name}"'
+    answered = f"sum(rate(edgecascade_request_seconds_count{{{who}}}[{window}]))"
+    refused = f'sum(rate(edgecascade_rejections_total{{{who},code=~"{REFUSALS}"}}[{window}]))'
+    expression = f"{answered}\n+ ({refused} or vector(0))"
+    return {"record": f"{_TIER_REQUESTS}:rate{window}", "expr": expression, "labels": {FUNCTION_LABEL: tier.name}}
 
 
 def _tier_misses(tier: Function, window: str) -> Rule:
-    within = f'{{{FUNCTION_LABEL}="{tier.name}",le="{slo_seconds(tier)}"}}'
-    refused = f'{{{FUNCTION_LABEL}="{tier.name}",code=~"{REFUSALS}"}}'
-    who = f'{{{FUNCTION_LABEL}="{tier.name}"}}'
-
-    def rate(series: str) -> str:
-        return f"sum by ({FUNCTION_LABEL}) (rate({series}[{window}]))"
-
-    in_time = rate(f"edgecascade_request_seconds_bucket{within}")
-    answered = rate(f"edgecascade_request_seconds_count{who}")
-    turned_away = rate(f"edgecascade_rejections_total{refused}")
-    return {
-        "record": f"edgecascade:tier_misses:ratio_rate{window}",
-        "expr": f"1 - {in_time}\n/\n({answered} + ({turned_away} or 0 * {answered}))",
-        "labels": {FUNCTION_LABEL: tier.name},
-    }
+    who = f'{FUNCTION_LABEL}="{tier.name}"'
+    within = f'{who},le="{slo_seconds(tier)}"'
+    in_time = f"sum by ({FUNCTION_LABEL}) (rate(edgecascade_request_seconds_bucket{{{within}}}[{window}]))"
+    expression = f"1 - {in_time}\n/ {_TIER_REQUESTS}:rate{window}{{{who}}}"
+    return {"record": f"{_TIER_MISSES}:ratio_rate{window}", "expr": expression, "labels": {FUNCTION_LABEL: tier.name}}
 
 
 def _demand(tier: Function) -> list[Rule]:
@@ -101,21 +110,21 @@ def _demand(tier: Function) -> list[Rule]:
 
 
 def _class_alert(burn: Burn) -> Rule:
-    asked = "sum by (deadline_class) (increase(edgecascade_deadlines_total[{window}]))"
+    asked = f"sum by (deadline_class) (increase(edgecascade_deadlines_total[{burn.long}]))"
     says = "Deadlines of {{ $labels.deadline_class }} are missed: {{ $value | humanizePercentage }} of the last " + (
         burn.long
     )
-    expression = _burning("edgecascade:deadline_misses", burn, CLASS_OBJECTIVE, asked, "deadline_class")
+    expression = _burning(_CLASS_MISSES, burn, CLASS_OBJECTIVE, asked, "deadline_class")
     return _alert("EdgecascadeDeadlinesMissed", expression, burn, says)
 
 
 def _tier_alert(burn: Burn) -> Rule:
-    asked = f"sum by ({FUNCTION_LABEL}) (increase(edgecascade_request_seconds_count[{{window}}]))"
+    asked = f"{_SECONDS[burn.long]} * {_TIER_REQUESTS}:rate{burn.long}"
     says = (
         f"The tier {{{{ $labels.{FUNCTION_LABEL} }}}} is too slow, or refuses: "
         f"{{{{ $value | humanizePercentage }}}} of the last {burn.long}"
     )
-    expression = _burning("edgecascade:tier_misses", burn, PERCENTILE, asked, FUNCTION_LABEL)
+    expression = _burning(_TIER_MISSES, burn, PERCENTILE, asked, FUNCTION_LABEL)
     return _alert("EdgecascadeTierMisses", expression, burn, says)
 
 
@@ -124,7 +133,7 @@ def _burning(series: str, burn: Burn, objective: float, asked: str, label: str) 
     return (
         f"{series}:ratio_rate{burn.long} > {limit}\n"
         f"and {series}:ratio_rate{burn.short} > {limit}\n"
-        f"and on ({label}) {asked.format(window=burn.long)} >= {LEAST_REQUESTS}"
+        f"and on ({label}) {asked} >= {LEAST_REQUESTS}"
     )
 
 
@@ -150,7 +159,7 @@ def _states(tiers: Sequence[Function]) -> list[Rule]:
         ),
         _state(
             "EdgecascadeTierAtItsMost",
-            f"{at_most}\nand edgecascade:tier_misses:ratio_rate30m > {1 - PERCENTILE:.4g}",
+            f"{at_most}\nand on ({FUNCTION_LABEL}) {_TIER_MISSES}:ratio_rate30m > {1 - PERCENTILE:.4g}",
             "15m",
             "ticket",
             f"{{{{ $labels.{FUNCTION_LABEL} }}}} runs as many replicas as it may, and is too slow",

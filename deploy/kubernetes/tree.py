@@ -1,8 +1,8 @@
 """Reads a folder of kustomizations, as far as ours go: so that rendering needs neither kubectl nor kustomize.
 
-Understood are `resources`, `components`, `namespace`, `patches` (JSON patches, RFC 6902, with add, replace,
-remove and test) and `configMapGenerator` with files. Anything else is refused by name rather than passed over. A test holds
-the outcome against `kubectl kustomize` where that is at hand.
+Understood are `resources`, `components`, `namespace`, `patches` (JSON patches, RFC 6902, with add, replace, remove and
+test) and `configMapGenerator` with files. Anything else is refused by name rather than passed over. A test holds the
+outcome against `kubectl kustomize` where that is at hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Manifest = dict[str, Any]
 Read = Callable[[PurePosixPath], str]
 
 KUSTOMIZATION = "kustomization.yaml"
-CLUSTER_WIDE = frozenset({"Namespace", "ClusterRole", "ClusterRoleBinding", "PriorityClass", "CustomResourceDefinition"})
+CLUSTER_WIDE = frozenset({"Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"})
 _KEYS = frozenset(
     {"apiVersion", "kind", "namespace", "resources", "components", "patches", "configMapGenerator", "generatorOptions"}
 )
@@ -60,7 +60,7 @@ def dump_one(value: Any) -> str:
 class _Dumper(yaml.SafeDumper):
     """Indents lists under their key, names no anchors."""
 
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002, FBT002
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
         super().increase_indent(flow, indentless=False)
 
     def ignore_aliases(self, _data: Any) -> bool:
@@ -191,21 +191,15 @@ def _apply(manifest: Manifest, steps: list[dict[str, Any]], where: str) -> Manif
 
 
 def _step(at: Any, last: str, step: Mapping[str, Any]) -> None:
-    if isinstance(at, list):
-        index = len(at) if last == "-" else int(last)
-        if step["op"] == "add":
-            at.insert(index, step["value"])
-            return
-        last = index  # type: ignore[assignment]
+    """One step on the mapping or list that holds its target."""
+    key: Any = last if isinstance(at, dict) else len(at) if last == "-" else int(last)
     if step["op"] == "add":
-        at[last] = step["value"]
-    elif step["op"] == "replace":
-        at[last]  # noqa: B018 - raises where there is nothing to replace
-        at[last] = step["value"]
-    elif step["op"] == "test":
-        if at[last] != step["value"]:
-            raise ValueError(last)
+        at.insert(key, step["value"]) if isinstance(at, list) else at.update({key: step["value"]})
+        return
+    there = at[key]
+    if step["op"] == "replace":
+        at[key] = step["value"]
     elif step["op"] == "remove":
-        del at[last]
-    else:
+        del at[key]
+    elif step["op"] != "test" or there != step["value"]:
         raise ValueError(step["op"])
