@@ -223,7 +223,7 @@ def test_pods_run_as_an_ordinary_user_who_may_write_nowhere_but_tmp(rendered):
                 assert set(container["resources"]) == {"requests", "limits"}
                 assert container["imagePullPolicy"] == "IfNotPresent"
                 writable = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
-                assert writable == ["/tmp"]
+                assert writable == ["/tmp"]  # noqa: S108 - as the path in a container
 
 
 def test_the_scaler_looks_and_touches_nothing(rendered):
@@ -393,7 +393,7 @@ def test_secrets_of_the_stack_are_mounted_where_openfaas_has_them():
         (ROOT / "stack.yml")
         .read_text("utf-8")
         .replace("    labels:\n      site: edge", "    secrets: [model-key]\n    labels:\n      site: edge", 1)
-    )  # noqa: E501
+    )
     pod = pods(plain(parse(text, {})))["edge"]
     assert pod["volumes"][1]["projected"]["sources"] == [{"secret": {"name": "model-key"}}]
     assert pod["containers"][0]["volumeMounts"][1] == {
