@@ -37,6 +37,11 @@ _PANELS = (
     ),
     ("Refused, by code", "reqps", (("{{code}}", "sum by (code) (rate(edgecascade_rejections_total$chosen[5m]))"),)),
     ("Replicas that take requests", "short", ((_FUNCTION, f"sum by ({FUNCTION_LABEL}) (edgecascade_ready$chosen)"),)),
+    (
+        "Replicas that the scaler wants",
+        "short",
+        (("{{function}}", "max by (function, namespace) (edgecascade_scaler_wanted_replicas)"),),
+    ),
     ("Tokens", "short", (("{{kind}}", "sum by (kind) (rate(edgecascade_tokens_total$chosen[5m]))"),)),
     ("First token at the 95th percentile", "s", ((_FUNCTION, _p95("edgecascade_time_to_first_token_seconds")),)),
     ("Battery", "percentunit", (("{{node_id}}", "min by (node_id) (edgecascade_battery_level_ratio$chosen)"),)),

@@ -179,6 +179,13 @@ def _states(tiers: Sequence[Function]) -> list[Rule]:
             "{{ $labels.node_id }} has left the tier {{ $labels.tier }} alone for 15 minutes",
         ),
         _state(
+            "EdgecascadeScalerBlind",
+            "time() - max by (function, namespace) (edgecascade_scaler_last_success_timestamp_seconds) > 120",
+            "3m",
+            "ticket",
+            "The scaler has no signals of {{ $labels.function }}: KEDA's fallback holds",
+        ),
+        _state(
             "EdgecascadePolicyRefused",
             "sum by (node_id) (increase(edgecascade_policy_refused_total[30m])) > 0",
             "0m",

@@ -1,8 +1,8 @@
 """Reads a folder of kustomizations, as far as ours go: so that rendering needs neither kubectl nor kustomize.
 
-Understood are `resources`, `components`, `namespace`, `patches` (JSON patches, RFC 6902, with add, replace, remove and
-test) and `configMapGenerator` with files. Anything else is refused by name rather than passed over. A test holds the
-outcome against `kubectl kustomize` where that is at hand.
+Understood are `resources`, `components`, `namespace`, `patches` (a list is a JSON patch, RFC 6902, with add, replace,
+remove and test; a mapping is merged, lists by their items' names) and `configMapGenerator` with files. Anything else is
+refused by name rather than passed over. A test holds the outcome against `kubectl kustomize` where that is at hand.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ class _Kustomization:
     def _patched(self, manifests: list[Manifest], patch: Mapping[str, Any]) -> list[Manifest]:
         where = self.folder / KUSTOMIZATION
         text = patch["patch"] if "patch" in patch else self.read_file(_join(self.folder, patch["path"]))
-        steps = yaml.safe_load(text)
-        if not isinstance(steps, list):
-            raise ManifestError(f"{where}: a patch must be a list of steps with op, path and value (RFC 6902)")
+        change = yaml.safe_load(text)
+        if not isinstance(change, list | dict):
+            raise ManifestError(f"{where}: a patch must be a list of steps (RFC 6902), or part of a manifest")
         chosen = [_matches(manifest, patch["target"]) for manifest in manifests]
         if not any(chosen):
             raise ManifestError(f"{where}: no manifest is the target {patch['target']}")
         return [
-            _apply(manifest, steps, str(where)) if hit else manifest
+            _changed(manifest, change, str(where)) if hit else manifest
             for manifest, hit in zip(manifests, chosen, strict=True)
         ]
 
@@ -173,6 +173,24 @@ def _moved(manifest: Manifest, namespace: str) -> Manifest:
     if manifest["kind"] == "RoleBinding":
         moved["subjects"] = [{**subject, "namespace": namespace} for subject in manifest["subjects"]]
     return moved
+
+
+def _changed(manifest: Manifest, change: Any, where: str) -> Manifest:
+    if isinstance(change, list):
+        return _apply(manifest, change, where)
+    merged: Manifest = _merged(manifest, {key: value for key, value in change.items() if key != "metadata"})
+    return merged
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Mappings by key, lists by their items' names if those have any, what is new first; all else is replaced."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    if not (isinstance(old, list) and isinstance(new, list) and all("name" in item for item in [*old, *new])):
+        return new
+    by_name = {item["name"]: item for item in old}
+    changed = {item["name"]: _merged(by_name.pop(item["name"], None), item) for item in new}
+    return [*changed.values(), *by_name.values()]
 
 
 def _apply(manifest: Manifest, steps: list[dict[str, Any]], where: str) -> Manifest:
