@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from functions.serving.settings import Environment
 from routing.power import Power
 from tests.fakes import FakeTier, card, dispatcher_app, federated, served, tier_app
 from tests.kubernetes_schemas import CUSTOM
+from tests.test_docs_readme import shell_lines
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["gpu", "k3s", "kubeedge", "microk8s", "plain", "prometheus-trigger-only"]
@@ -400,7 +402,7 @@ def test_secrets_of_the_stack_are_mounted_where_openfaas_has_them():
     pod = pods(plain(parse(text, {})))["edge"]
     assert pod["volumes"][1]["projected"]["sources"] == [{"secret": {"name": "model-key"}}]
     assert pod["containers"][0]["volumeMounts"][1] == {
-        "name": "secrets", "mountPath": "/var/openfaas/secrets", "readOnly": True,
+        "name": "edge-secrets", "mountPath": "/var/openfaas/secrets", "readOnly": True,
     }  # fmt: skip
 
 
@@ -579,3 +581,66 @@ def test_an_overlay_that_is_none_is_one_sentence():
     said = run("--overlay", "moon")
     assert isinstance(said.exception, ManifestError)
     assert str(said.exception) == f"there is no overlay 'moon'; there are {', '.join(NAMES)}"
+
+
+# ---- docs/kubernetes.md ----
+
+
+PAGE = ROOT / "docs" / "kubernetes.md"
+
+
+def page_lines(program):
+    return [words for words in shell_lines(PAGE) if words[0] == program]
+
+
+def test_the_page_s_certificates_are_those_that_keda_and_scaler_need(tmp_path, rendered):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not here")
+    for words in page_lines("openssl"):
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+
+    def openssl(*words):
+        return subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    for name in ("scaler", "keda"):
+        assert f"{name}.crt: OK" in openssl("verify", "-CAfile", "ca.crt", f"{name}.crt")
+    address = one(rendered["k3s"], "ScaledObject", "edge")["spec"]["triggers"][0]["metadata"]["scalerAddress"]
+    assert f"DNS:{address.rpartition(':')[0]}" in openssl(
+        "x509", "-in", "scaler.crt", "-noout", "-ext", "subjectAltName"
+    )
+    made = [words for words in page_lines("kubectl") if words[1:3] == ["create", "secret"]]
+    mounted = pods(rendered["k3s"])["edgecascade-scaler"]["volumes"][0]["secret"]["secretName"]
+    asked = {entry["name"] for m in each(rendered, "TriggerAuthentication") for entry in m["spec"]["secretTargetRef"]}
+    assert {words[4] for words in made} == {mounted} | asked
+    for words in made:
+        files = [word.removeprefix("--from-file=").partition("=") for word in words if word.startswith("--from-file=")]
+        assert {key for key, _, _ in files} == {"tls.crt", "tls.key", "ca.crt"}
+        assert all((tmp_path / (file or key)).is_file() for key, _, file in files)
+
+
+def test_what_the_page_applies_is_there():
+    applied = {words[-1] for words in page_lines("kubectl") if words[1] == "apply"}
+    ours = {path for path in applied if path.startswith("deploy/")}
+    assert {Path(path).name for path in ours} | {"plain"} == set(NAMES)
+    assert all((ROOT / path / "kustomization.yaml").is_file() for path in ours)
+    assert all(f"| `{name}` |" in PAGE.read_text("utf-8") for name in NAMES)
+
+
+def test_the_page_names_every_alert(stack):
+    groups = yaml.safe_load(derived(stack)[RULES])["groups"]
+    alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+    assert set(re.findall(r"^\| `(Edgecascade\w+)`", PAGE.read_text("utf-8"), re.MULTILINE)) == alerts
+
+
+def test_the_scaler_s_image_is_made_of_what_its_build_context_has():
+    dockerfile = TREE / "scaler.Dockerfile"
+    ignored = dockerfile.with_name("scaler.Dockerfile.dockerignore").read_text("utf-8").splitlines()
+    kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    lines = [line.split() for line in dockerfile.read_text("utf-8").splitlines()]
+    sources = {
+        source for words in lines if words[:1] == ["COPY"] and "--from" not in words[1] for source in words[1:-1]
+    }
+    assert sources == kept
+    assert all((ROOT / source).exists() for source in sources)
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    assert {package.partition(".")[0] for package in listed} <= sources

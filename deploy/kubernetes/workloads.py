@@ -76,7 +76,7 @@ def _deployment(function: Function) -> Manifest:
         "spec": {
             "selector": {"matchLabels": {FUNCTION_LABEL: function.name}},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-            "template": _pod(function.name, site_of(function), [_container(function, PORT, {})], function.secrets),
+            "template": _pod(function.name, site_of(function), [_container(function, PORT, {})], [function]),
         },
     }
 
@@ -87,7 +87,6 @@ def _daemon_set(functions: Sequence[Function]) -> Manifest:
     ports = {function.name: PORT + number for number, function in enumerate(functions)}
     containers = [_container(function, ports[function.name], ports) for function in functions]
     containers[0]["ports"][0] |= {"hostPort": PORT, "hostIP": "127.0.0.1"}
-    secrets = tuple(dict.fromkeys(secret for function in functions for secret in function.secrets))
     return {
         "apiVersion": "apps/v1",
         "kind": "DaemonSet",
@@ -95,16 +94,13 @@ def _daemon_set(functions: Sequence[Function]) -> Manifest:
         "spec": {
             "selector": {"matchLabels": {FUNCTION_LABEL: first.name}},
             "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 1}},
-            "template": _pod(first.name, "device", containers, secrets),
+            "template": _pod(first.name, "device", containers, functions),
         },
     }
 
 
-def _pod(name: str, site: str, containers: list[Manifest], secrets: Sequence[str]) -> Manifest:
-    volumes: list[Manifest] = [{"name": "tmp", "emptyDir": {}}]
-    if secrets:
-        sources = [{"secret": {"name": secret}} for secret in secrets]
-        volumes.append({"name": "secrets", "projected": {"defaultMode": 0o440, "sources": sources}})
+def _pod(name: str, site: str, containers: list[Manifest], functions: Sequence[Function]) -> Manifest:
+    volumes: list[Manifest] = [{"name": "tmp", "emptyDir": {}}, *map(_secrets, (f for f in functions if f.secrets))]
     return {
         "metadata": {"labels": {**_labels(name), FUNCTION_LABEL: name, SITE_LABEL: site}},
         "spec": {
@@ -127,9 +123,9 @@ def _pod(name: str, site: str, containers: list[Manifest], secrets: Sequence[str
 def _container(function: Function, port: int, beside: Mapping[str, int]) -> Manifest:
     """A function in its pod; those `beside` it are on the pod's loopback, on the port named."""
     named = "http" if port == PORT else f"http-{port}"
-    mounts = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the one place where the image may write
+    mounts: list[Manifest] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the one place where the image may write
     if function.secrets:
-        mounts.append({"name": "secrets", "mountPath": _SECRETS, "readOnly": True})  # type: ignore[dict-item]
+        mounts.append({"name": _secrets(function)["name"], "mountPath": _SECRETS, "readOnly": True})
     return {
         "name": function.name,
         "image": function.image,
@@ -151,6 +147,12 @@ def _container(function: Function, port: int, beside: Mapping[str, int]) -> Mani
         },
         "volumeMounts": mounts,
     }
+
+
+def _secrets(function: Function) -> Manifest:
+    """The volume of one function's secrets: another in the same pod does not see them."""
+    sources = [{"secret": {"name": secret}} for secret in function.secrets]
+    return {"name": f"{function.name}-secrets", "projected": {"defaultMode": 0o440, "sources": sources}}
 
 
 def _probe(path: str, port: str, period: int, failures: int) -> Manifest:
