@@ -35,7 +35,7 @@ from tests.kubernetes_schemas import CUSTOM
 from tests.test_docs_readme import shell_lines
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["gpu", "k3s", "kubeedge", "microk8s", "plain", "prometheus-trigger-only"]
+NAMES = ["gpu", "k3s", "kubeedge", "microk8s", "plain", "prometheus-trigger-only", "shards"]
 # The oldest and the newest Kubernetes that the manifests are held against.
 VERSIONS = ("1.27", "1.33")
 ALERT_TESTS = ROOT / "tests" / "kubernetes_alerts.yml"
@@ -384,6 +384,43 @@ def test_pods_of_a_node_that_is_cut_off_stay(rendered):
 def test_a_daemon_set_is_not_scaled(rendered):
     kinds = {m["metadata"]["name"] for m in rendered["kubeedge"] if m["kind"] == "ScaledObject"}
     assert kinds == {"edge"}
+
+
+def test_shards_hold_all_layers_and_find_each_other_by_a_headless_service(rendered):
+    made = rendered["shards"]
+    head, tail = (pods(made)[name]["containers"][0] for name in ("edge", "edge-shard-1"))
+    assert head["image"] == tail["image"]
+    first, last = (environment(shard) for shard in (head, tail))
+    layers = [layer for shard in (first, last) for layer in range_of(shard["SHARD_LAYERS"])]
+    assert layers == list(range(30)), "those of the shipped edge tier"
+    name, _, port = first["SHARD_NEXT"].partition(":")
+    service = one(made, "Service", name)["spec"]
+    assert (service["clusterIP"], service["selector"]) == ("None", {"faas_function": "edge-shard-1"})
+    assert [str(p["port"]) for p in service["ports"]] == [port] == [last["SHARD_LISTEN"]]
+    assert "SHARD_NEXT" not in last
+    assert one(made, "Deployment", "edge-shard-1")["spec"]["replicas"] == 2
+    for shard in (first, last):
+        assert shard["MODEL_PATH"] == "/home/app/tiers/edge"
+        assert shard["SHARD_PEERS"] == "spiffe://edgecascade/edge"
+
+
+def range_of(text):
+    first, last = text.split("-")
+    return range(int(first), int(last) + 1)
+
+
+def test_a_shard_itself_takes_its_settings(rendered, tmp_path):
+    """By the edge function's own parser."""
+    config = pytest.importorskip("functions.edge.config", reason="shards are not part of this tree yet")
+    for name in ("edge", "edge-shard-1"):
+        (container,) = pods(rendered["shards"])[name]["containers"]
+        values = {key: value or "" for key, value in environment(container).items()}
+        for key in ("SHARD_TLS_CERT", "SHARD_TLS_KEY", "SHARD_TLS_CA"):
+            values[key] = str(tmp_path / Path(values[key]).name)
+            Path(values[key]).touch()
+        Environment(values).check_names()
+        parsed = config.ShardConfig.from_environment(values)
+        assert parsed.layers == range_of(values["SHARD_LAYERS"])
 
 
 def test_the_gpu_overlay_asks_for_a_gpu_and_uses_it(rendered):

@@ -10,12 +10,15 @@ from deploy.errors import ManifestError
 from deploy.kubernetes.dashboard import dashboard
 from deploy.kubernetes.rules import groups
 from deploy.kubernetes.scaling import SCALER, Place, by_prometheus, by_scaler, tiers
+from deploy.kubernetes.shards import head_patch, others
 from deploy.kubernetes.tree import Manifest, build, dump, dump_one, folder
 from deploy.kubernetes.workloads import PART_OF, at_the_edge, plain, site_of
 from deploy.stack import Stack
 
 TREE = Path(__file__).parent
 OVERLAYS = "overlays"
+CUTS = ("0-14", "15-29")
+"""The shipped edge tier's 30 layers, in two."""
 _HEAD = "# Follows from stack.yml: `edgecascade kubernetes render --kustomize` writes it.\n"
 _OPENFAAS = Place("openfaas-fn", "http://prometheus.openfaas.svc:9090")
 _PLAIN = Place(PART_OF, "http://prometheus-operated.monitoring.svc:9090")
@@ -47,6 +50,7 @@ def derived(stack: Stack) -> dict[str, str]:
         "overlays/plain/scaling.yaml": _file(by_scaler(scaled, _PLAIN)),
         "overlays/kubeedge/functions.yaml": _file(at_the_edge(stack)),
         "overlays/kubeedge/scaling.yaml": _file(by_scaler(at_edge, _PLAIN)),
+        **_sharded(stack),
         "overlays/prometheus-trigger-only/scaling.yaml": _file(by_prometheus(scaled, _OPENFAAS)),
         "monitoring/edgecascade.rules.yml": _HEAD + dump_one(rules),
         "monitoring/rule.yaml": _file([_prometheus_rule(rules)]),
@@ -74,6 +78,17 @@ def whole(stack: Stack) -> dict[str, str]:
         if path.suffix in {".yaml", ".yml", ".json"}
     }
     return {**by_hand, **derived(stack)}
+
+
+def _sharded(stack: Stack) -> dict[str, str]:
+    """The overlay that cuts the edge tier, if the stack has one."""
+    tier = stack.functions.get("edge")
+    if tier is None:
+        return {}
+    return {
+        "overlays/shards/head.yaml": _file([head_patch(tier, CUTS)]),
+        "overlays/shards/shards.yaml": _file(others(tier, CUTS)),
+    }
 
 
 def _with_image(stack: Stack, text: str) -> str:

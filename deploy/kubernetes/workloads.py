@@ -32,7 +32,7 @@ def plain(stack: Stack) -> list[Manifest]:
     """A Deployment and a Service for each function."""
     made = []
     for function in stack.functions.values():
-        made += [_deployment(function), service(function)]
+        made += [deployment(function), service(function)]
     return made
 
 
@@ -46,6 +46,23 @@ def at_the_edge(stack: Stack) -> list[Manifest]:
     others = Stack({f.name: f for f in stack.functions.values() if f not in device_site}, stack.copies)
     made = [_daemon_set(device_site), service(device_site[0])] if device_site else []
     return [*made, *plain(others)]
+
+
+def deployment(function: Function) -> Manifest:
+    """A function as a Deployment.
+
+    `replicas` is left out: it belongs to whoever scales, and a manifest that names it would set it back.
+    """
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": function.name, "labels": {**_labels(function.name), SITE_LABEL: site_of(function)}},
+        "spec": {
+            "selector": {"matchLabels": {FUNCTION_LABEL: function.name}},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "template": _pod(function.name, site_of(function), [_container(function, PORT, {})], [function]),
+        },
+    }
 
 
 def site_of(function: Function) -> str:
@@ -64,20 +81,6 @@ def service(function: Function) -> Manifest:
         "kind": "Service",
         "metadata": {"name": function.name, "labels": _labels(function.name)},
         "spec": {"type": "ClusterIP", "selector": {FUNCTION_LABEL: function.name}, "ports": [port]},
-    }
-
-
-def _deployment(function: Function) -> Manifest:
-    """`replicas` is left out: it belongs to whoever scales, and a manifest that names it would set it back."""
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": function.name, "labels": {**_labels(function.name), SITE_LABEL: site_of(function)}},
-        "spec": {
-            "selector": {"matchLabels": {FUNCTION_LABEL: function.name}},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-            "template": _pod(function.name, site_of(function), [_container(function, PORT, {})], [function]),
-        },
     }
 
 
