@@ -317,6 +317,7 @@ def try_rules(
 def render_kubernetes(
     overlay: Annotated[str, typer.Option(help="A folder of deploy/kubernetes/overlays.")] = "k3s",
     out: Annotated[Path | None, typer.Option(help="Write there instead: OVERLAY.yaml, or the tree.")] = None,
+    site: Annotated[str, typer.Option(help="The functions of this site only: device or edge.")] = "",
     kustomize: Annotated[
         bool, typer.Option("--kustomize", help="Write the files of the kustomize tree that follow from stack.yml.")
     ] = False,
@@ -326,10 +327,10 @@ def render_kubernetes(
     Examples: REGISTRY=registry.example TAG=1 edgecascade kubernetes render --overlay plain | kubectl apply -f -
               edgecascade kubernetes render --kustomize
     """
-    from deploy.kubernetes.render import TREE, derived, render, whole, write
+    from deploy.kubernetes.render import TREE, derived, of_site, render, whole, write
     from deploy.kubernetes.tree import dump
 
-    stack = _stack(())
+    stack = of_site(_stack(()), site)
     if kustomize:
         texts = whole(stack) if out else derived(stack)
     else:

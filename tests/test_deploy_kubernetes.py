@@ -1,15 +1,18 @@
 """The manifests: valid, as committed, true to stack.yml and to the metrics of the code."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+import httpx
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -30,7 +33,17 @@ from functions.dispatcher.power.series import series as power_series
 from functions.serving.metrics import SECONDS, Metrics
 from functions.serving.settings import Environment
 from routing.power import Power
-from tests.fakes import FakeTier, card, dispatcher_app, federated, served, tier_app
+from tests.fakes import (
+    FakeTier,
+    card,
+    dispatcher_app,
+    federated,
+    free_port,
+    http_client,
+    served,
+    tier_app,
+    wait_until,
+)
 from tests.kubernetes_schemas import CUSTOM
 from tests.test_docs_readme import shell_lines
 
@@ -358,6 +371,39 @@ def test_probes_ask_routes_that_every_function_has(rendered):
                     assert app.get(asked["path"]).status_code in {200, 503}
 
 
+def test_a_container_starts_as_its_deployment_says_answers_its_probes_and_ends_in_peace(stack):
+    (container,) = one(plain(stack), "Deployment", "device")["spec"]["template"]["spec"]["containers"]
+    port = free_port()
+    words = [word.replace("0.0.0.0:8080", f"127.0.0.1:{port}") for word in container["command"]]
+    values = {key: value or "a-node" for key, value in environment(container).items() if value != ""}
+    values["MODEL_PATH"] = str(ROOT / "models" / "tiers" / "device")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=ROOT, env={"PATH": os.environ["PATH"], **values}, stderr=subprocess.DEVNULL
+    )
+    try:
+        with http_client(f"http://127.0.0.1:{port}") as client:
+
+            def probed(name):
+                return client.get(container[name]["httpGet"]["path"]).status_code
+
+            def started():
+                try:
+                    return probed("startupProbe") == 200
+                except httpx.TransportError:
+                    assert process.poll() is None
+                    return False
+
+            wait_until(started, timeout_s=120)
+            assert probed("readinessProbe") == probed("livenessProbe") == 200
+            assert client.post("/", content="what is the weather").status_code == 200
+            assert 'node_id="a-node"' in client.get("/metrics").text
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait(20)
+
+
 def test_at_the_edge_the_device_site_is_one_pod_that_needs_no_network(rendered):
     made = rendered["kubeedge"]
     pod = pods(made)["device-site"]
@@ -612,6 +658,15 @@ def test_the_command_writes_a_file_or_a_whole_tree(tmp_path, stack):
     made = build(folder(tree, {}), "overlays/plain")
     assert made == build(folder(TREE, derived(load(ROOT / "stack.yml", {"TAG": "9"}))), "overlays/plain")
     assert run("--kustomize", "--out", str(tree), TAG="9").output == "", "nothing has changed"
+
+
+def test_a_site_can_be_rendered_alone():
+    made = list(yaml.safe_load_all(run("--overlay", "k3s", "--site", "edge").output))
+    assert [m["metadata"]["name"] for m in made if m["kind"] == "ScaledObject"] == ["edge"]
+    made = list(yaml.safe_load_all(run("--overlay", "plain", "--site", "device").output))
+    assert set(pods(made)) == {"dispatcher", "device", "edgecascade-scaler"}
+    said = run("--site", "moon")
+    assert str(said.exception) == "no function of stack.yml is of the site 'moon'; sites are device and edge"
 
 
 def test_an_overlay_that_is_none_is_one_sentence():

@@ -29,6 +29,14 @@ def overlays() -> list[str]:
     return sorted(path.name for path in (TREE / OVERLAYS).iterdir() if path.is_dir())
 
 
+def of_site(stack: Stack, site: str) -> Stack:
+    """Keep the functions of one site, all of them for an empty one; raises `ManifestError` where it has none."""
+    names = tuple(function.name for function in stack.functions.values() if not site or site_of(function) == site)
+    if not names:
+        raise ManifestError(f"no function of stack.yml is of the site '{site}'; sites are device and edge")
+    return stack.only(names)
+
+
 def render(stack: Stack, overlay: str) -> list[Manifest]:
     """The manifests of an overlay, of this very stack; raises `ManifestError`."""
     if overlay not in overlays():
