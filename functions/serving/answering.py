@@ -97,7 +97,9 @@ class _Desk:
         granted = self._site.common.deadline_s if ask.deadline_s is None else ask.deadline_s
         expires = started + min(granted, self._site.common.deadline_s)
         gone = _gone(request.environ)
-        events = self._timed(ask, expires, self._counted(self._admitted(ask, started, expires, gone)))
+        events = self._counted(self._admitted(ask, started, expires, gone))
+        if ask.deadline_class:
+            events = self._timed(ask.deadline_class, expires, events)
         if ask.stream:
             return render.stream(ask, events, gone, self._broke)
         answer = render.collect(events, gone)
@@ -113,20 +115,16 @@ class _Desk:
                 self._site.metrics.answered(event.report, event.usage)
             yield event
 
-    def _timed(self, ask: Ask, expires: float, events: Events) -> Iterator[Event]:
-        """Count what became of a deadline that has a class; a bad request or a caller who left tells nothing of it."""
-        if not ask.deadline_class:
-            yield from events
-            return
+    def _timed(self, name: str, expires: float, events: Events) -> Iterator[Event]:
+        """Count what became of a class's deadline; a bad request and a caller who left tell nothing of it."""
         try:
             for event in events:
                 if isinstance(event, End):
-                    outcome = "kept" if time.monotonic() <= expires else "late"
-                    self._site.metrics.deadline(ask.deadline_class, outcome)
+                    self._site.metrics.deadline(name, "kept" if time.monotonic() <= expires else "late")
                 yield event
         except Exception as error:
             if not isinstance(error, ApiError) or error.status == _TOO_MANY or error.status >= _OURS:
-                self._site.metrics.deadline(ask.deadline_class, "failed")
+                self._site.metrics.deadline(name, "failed")
             raise
 
     def _broke(self, error: Exception) -> None:
