@@ -49,6 +49,8 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
+kubernetes_app = typer.Typer(help="Manifests for Kubernetes, from stack.yml.", no_args_is_help=True)
+app.add_typer(kubernetes_app, name="kubernetes")
 
 Url = Annotated[str, typer.Option(help="A bundle's gateway; by default the local one, started if none runs.")]
 Source = Annotated[
@@ -399,6 +401,35 @@ def try_rules(
     if plan is None:
         _fail("the rules understand nothing of it, or not all of it")
     print(json.dumps(plan.frame, ensure_ascii=False))
+
+
+@kubernetes_app.command("render")
+def render_kubernetes(
+    overlay: Annotated[str, typer.Option(help="A folder of deploy/kubernetes/overlays.")] = "k3s",
+    out: Annotated[Path | None, typer.Option(help="Write there instead: OVERLAY.yaml, or the tree.")] = None,
+    site: Annotated[str, typer.Option(help="The functions of this site only: device or edge.")] = "",
+    kustomize: Annotated[
+        bool, typer.Option("--kustomize", help="Write the files of the kustomize tree that follow from stack.yml.")
+    ] = False,
+) -> None:
+    """Print an overlay's manifests, of stack.yml and the variables it takes.
+
+    Examples: REGISTRY=registry.example TAG=1 edgecascade kubernetes render --overlay plain | kubectl apply -f -
+              edgecascade kubernetes render --kustomize
+    """
+    from deploy.kubernetes.render import TREE, derived, of_site, render, whole, write
+    from deploy.kubernetes.tree import dump
+
+    stack = of_site(_stack(()), site)
+    if kustomize:
+        texts = whole(stack) if out else derived(stack)
+    else:
+        texts = {f"{overlay}.yaml": dump(render(stack, overlay))}
+        if out is None:
+            print(*texts.values(), end="")
+            return
+    for path in write(texts, out or TREE):
+        print(path)
 
 
 @app.command("fetch-data")

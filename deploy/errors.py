@@ -1,9 +1,10 @@
 """The exception tree of `deploy`.
 
 DeployError
-├── StackError    stack.yml cannot be read, or names what is not there
-├── ImageError    an image cannot be built
-└── StartError    a process of the bundle did not start, or did not get ready
+├── StackError      stack.yml cannot be read, or names what is not there
+├── ManifestError   a Kubernetes manifest or kustomization cannot be read, or names what is not there
+├── ImageError      an image cannot be built
+└── StartError      a process of the bundle did not start, or did not get ready
 """
 
 
@@ -21,3 +22,7 @@ class ImageError(DeployError):
 
 class StartError(DeployError):
     """A process ended before it was ready, or took too long."""
+
+
+class ManifestError(DeployError):
+    """A file under deploy/kubernetes is missing or malformed, or there is no overlay of that name."""

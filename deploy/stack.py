@@ -27,8 +27,10 @@ class Function:
     fprocess: str
     environment: Mapping[str, str]
     labels: Mapping[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
+    requests: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
     build_args: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
 
     def with_secrets(self, folder: Path | None) -> Function:
         """Settings that name a secret name it in `folder`; without one, this place has no secrets and they are gone."""
@@ -113,7 +115,10 @@ def _function(name: str, spec: Any) -> Function:
     for key, value in environment.items():
         if not isinstance(value, str):
             raise StackError(f"function '{name}': '{key}' must be text; put its value in quotes")
-    labels = {key: str(value) for key, value in (spec.get("labels") or {}).items()}
+    texts = {key: _texts(spec.get(key)) for key in ("labels", "requests", "limits", "build_args")}
     secrets = tuple(str(secret) for secret in spec.get("secrets") or ())
-    arguments = {key: str(value) for key, value in (spec.get("build_args") or {}).items()}
-    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment, labels, secrets, arguments)
+    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment, secrets=secrets, **texts)
+
+
+def _texts(values: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (values or {}).items()}

@@ -35,6 +35,7 @@ COMMANDS = [
     "bench overhead",
     "bench seal",
     "keys",
+    "kubernetes render",
     "rules check",
     "rules try",
     "scaler",

@@ -17,6 +17,8 @@ from functions.serving.events import End, Event, Events
 from functions.serving.replies import ModelEntry, ModelList
 from functions.serving.web import Site, log_failure
 
+_TOO_MANY, _OURS = 429, 500
+
 
 class Service(Protocol):
     """What a function does once HTTP is out of the way."""
@@ -96,6 +98,8 @@ class _Desk:
         expires = started + min(granted, self._site.common.deadline_s)
         gone = _gone(request.environ)
         events = self._counted(self._admitted(ask, started, expires, gone))
+        if ask.deadline_class:
+            events = self._timed(ask.deadline_class, expires, events)
         if ask.stream:
             return render.stream(ask, events, gone, self._broke)
         answer = render.collect(events, gone)
@@ -110,6 +114,18 @@ class _Desk:
             if isinstance(event, End):
                 self._site.metrics.answered(event.report, event.usage)
             yield event
+
+    def _timed(self, name: str, expires: float, events: Events) -> Iterator[Event]:
+        """Count what became of a class's deadline; a bad request and a caller who left tell nothing of it."""
+        try:
+            for event in events:
+                if isinstance(event, End):
+                    self._site.metrics.deadline(name, "kept" if time.monotonic() <= expires else "late")
+                yield event
+        except Exception as error:
+            if not isinstance(error, ApiError) or error.status == _TOO_MANY or error.status >= _OURS:
+                self._site.metrics.deadline(name, "failed")
+            raise
 
     def _broke(self, error: Exception) -> None:
         code = error.code if isinstance(error, ApiError) else None

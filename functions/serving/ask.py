@@ -58,6 +58,7 @@ class Ask:
     `messages` holds at least one turn of the user (for `Shape.COMPLETION` there are none, but a `prompt`).
     `json` and `tools` are the form that a chat's answer must have. `draft` is what the answer may begin with.
     `deadline_s` is what the caller grants, None if it said nothing; so with `battery_level`, a share of a full battery.
+    `deadline_class` is the name it gave its deadline, if any.
     """
 
     shape: Shape
@@ -72,6 +73,7 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     deadline_s: float | None = None
+    deadline_class: str = ""
     chat_when_out_of_scope: bool = False
     local_only: bool = False
     threshold: float | None = None

@@ -34,6 +34,9 @@ class Metrics:
         self._site = {"node_id": node_id, "shard_id": shard_id}
         self._requests = self._counter("requests", "Answered requests.", "route", "reason")
         self._rejections = self._counter("rejections", "Requests refused or broken off, by error code.", "code")
+        self._deadlines = self._counter(
+            "deadlines", "What became of the deadlines of requests that named a class.", "deadline_class", "outcome"
+        )
         self._escalations = self._counter("escalations", "Answers that the edge gave after the device.", "reason")
         self._tokens = self._counter("tokens", "Tokens read and written.", "kind")
         self._total = self._seconds("request", "From the request's arrival to its last token.")
@@ -83,6 +86,10 @@ class Metrics:
         self._first_token.labels(*labels).observe(timing.first_token / 1e3)
         if report.confidence is not None:
             self._confidence.labels(*labels).observe(report.confidence)
+
+    def deadline(self, deadline_class: str, outcome: str) -> None:
+        """Count one deadline of a class: `kept`, `late`, or `failed`, where an error came in place of an answer."""
+        self._deadlines.labels(**self._labels(self._version), deadline_class=deadline_class, outcome=outcome).inc()
 
     def rejected(self, code: str) -> None:
         """Count one request that got an error."""

@@ -39,6 +39,7 @@ class HeaderFields:
     """What a request says in headers instead of fields."""
 
     deadline_s: float | None = None
+    deadline_class: str = ""
     local_only: bool = False
     battery_level: float | None = None
 
@@ -48,12 +49,14 @@ class HeaderFields:
         data_class = headers.get(DATA_CLASS_HEADER, "").strip().lower()
         if data_class not in {"", LOCAL_ONLY}:
             raise _refused(f"the only data class is '{LOCAL_ONLY}'", DATA_CLASS_HEADER)
+        deadline_class = headers.get(DEADLINE_CLASS_HEADER, "").strip().lower()
         asked = (
             _deadline(headers.get(DEADLINE_HEADER, "").strip()),
-            _class_deadline(headers.get(DEADLINE_CLASS_HEADER, "").strip().lower(), deadlines_ms or {}),
+            _class_deadline(deadline_class, deadlines_ms or {}),
         )
         return cls(
             deadline_s=min((s for s in asked if s is not None), default=None),
+            deadline_class=deadline_class,
             local_only=data_class == LOCAL_ONLY,
             battery_level=_battery_level(headers.get(BATTERY_HEADER, "").strip()),
         )
@@ -125,6 +128,7 @@ def _shared(request: Common, headers: HeaderFields) -> dict[str, Any]:
     return {
         "model": request.model,
         "deadline_s": min(asked, default=None),
+        "deadline_class": headers.deadline_class,
         "chat_when_out_of_scope": request.out_of_scope == "chat",
         "local_only": headers.local_only or bool(request.local_only),
         "threshold": request.confidence_threshold,
