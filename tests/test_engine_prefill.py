@@ -18,7 +18,8 @@ from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.build.quantise import by_columns
 from models.runtime import local
-from models.runtime.engine import LONG, Decoder, Embeddings
+from models.runtime.engine import Decoder, Embeddings
+from models.runtime.layers import LONG
 from models.runtime.local import LocalTier
 from models.runtime.providers import int8_products_are_exact
 from models.runtime.sessions import EngineOptions, load
@@ -152,7 +153,7 @@ def test_exact_drafts_do_without_the_copy(packed: PackedModel) -> None:
     long = [part.without_adapter() for part in load(packed.segments(FRAMES, prefill=True), OPTIONS, rests=True)]
     options = replace(OPTIONS, exact_drafts=True)
     decoder = Decoder(packed.shape, packed.segments(PLAIN), embeddings(packed), options, long=long)
-    assert not decoder.has_long
+    assert not decoder.layers.has_long
     with decoder.sequence() as sequence:
         wanted = [sequence.logits(ids).copy() for ids in (IDS, IDS[:1], IDS[1:2])]
     with decoder.sequence() as sequence:
