@@ -37,17 +37,12 @@ TILE = 16
 class TextSequence(Protocol):
     """A growing token sequence: what text is written with."""
 
-    length: int
-
     @property
     def room(self) -> int:
         """Tokens that still fit."""
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read ids and return logits (V,) for the next token; raises `PromptTooLongError` if they do not fit."""
-
-    def reset(self) -> None:
-        """Forget everything."""
 
 
 class TextEngine(Protocol):
@@ -63,6 +58,37 @@ class TextEngine(Protocol):
         The earliest `deadline`, on any one clock, goes first where passes are shared. Reading a long prompt ends with
         `AbandonedError` once `gone` says that nobody waits for the answer.
         """
+
+
+class SkillSequence(Protocol):
+    """A growing token sequence: what frames are read from."""
+
+    def hidden(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return the model's normalised states (T, C) at each of them."""
+
+    def hidden_early(self, ids: Sequence[int], enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
+        """The last state (C,), if it is `enough` that of an earlier exit, and how many layers were passed."""
+
+
+class SkillEngine(Protocol):
+    """A loaded model that labels text."""
+
+    @property
+    def shape(self) -> LlamaShape:
+        """Its numbers."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that it reads at most."""
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """Its embedding table."""
+
+    def sequence(
+        self, deadline: float = math.inf, gone: Callable[[], bool] | None = None
+    ) -> AbstractContextManager[SkillSequence]:
+        """Lend an empty sequence, as `TextEngine` does."""
 
 
 class Embeddings:
