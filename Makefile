@@ -13,7 +13,7 @@ SEE_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 NONE_IS_FINE = || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-torch servers lint format lock bench-peers clean
+.PHONY: help demo up test test-slow test-torch servers lint format lock proto bench-peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,10 @@ lock: $(STAMP) $(TRAIN_STAMP) ## write constraints.txt from what the two environ
 	  { $(VENV)/bin/python $(PIP) freeze --exclude-editable; $(TRAIN_VENV)/bin/python $(PIP) freeze --exclude-editable; } \
 	  | sed 's/+cpu$$//' | sort -fu; } > constraints.new
 	@mv constraints.new constraints.txt
+
+proto: $(STAMP) ## write the Python of each .proto beside it
+	@$(VENV)/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	  $$(git ls-files '*.proto')
 
 bench-peers: $(BENCH_STAMP) ## what `bench engine` measures against, in its own .venv-bench
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 # Settings of the functions: a test must not see what the shell that runs it has set.
 _SETTINGS = (
     *("CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "EXACT_", "EXECUTION_", "FEDERATION_"),
-    *("LOOKUP_", "MAX_", "MODEL_", "NODE_ID", "POWER_", "PREFIX_", "QUEUE_", "SLOWDOWN"),
+    *("LOOKUP_", "MAX_", "MODEL_", "NODE_ID", "POWER_", "PREFIX_", "QUEUE_", "SHARD_", "SLOWDOWN"),
 )
 
 # A busy machine is no failure.

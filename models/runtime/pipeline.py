@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.artifact.keys import KeyWrapper
 from models.artifact.names import FRAMES, PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
@@ -42,6 +42,9 @@ from models.runtime.sampling import Pick, pick
 from models.runtime.sessions import EngineOptions
 from models.runtime.stage import Lane, Stage, StageSession
 from models.runtime.tier import Limits, TierStats
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
 
 Clock = Callable[[], float]
 _LEFT_ALONE_S = 1.0

@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.artifact.keys import KeyWrapper
 from models.artifact.manifest import EXPORTED, Manifest
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
@@ -23,6 +23,9 @@ from models.runtime.layers import Floats, Layers
 from models.runtime.links import Want
 from models.runtime.sessions import EngineOptions, parts_of
 from models.runtime.turns import Turns
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
 
 
 class Lane:
