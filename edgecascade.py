@@ -75,16 +75,20 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
+    shards: Annotated[
+        str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")
+    ] = "",
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
-    Example: edgecascade up --port 9000 --only dispatcher --only device
+    Examples: edgecascade up --port 9000 --only dispatcher --only device
+              edgecascade up --shards edge=2
     """
     from deploy.local.up import serve
 
     stack = _stack(tuple(only or ()))
     _ensure_edge(stack)
-    serve(stack, _settings(port))
+    serve(_cut(stack, shards) if shards else stack, _settings(port))
 
 
 @app.command()
@@ -460,6 +464,19 @@ def _stack(only: tuple[str, ...]) -> Stack:
     return load_stack(ROOT / "stack.yml", os.environ).only(only)
 
 
+def _cut(stack: Stack, wish: str) -> Stack:
+    """The stack with a function in shards."""
+    from deploy.local.plan import here
+    from deploy.local.process import free_ports
+    from deploy.local.shards import parse_wish, ranges, sharded
+    from models.artifact.store import Artifact
+
+    name, cut = parse_wish(wish)
+    folder = here(stack.only((name,)).functions[name].environment.get("MODEL_PATH", ""), _settings(0).site)
+    parts = ranges(cut, Artifact.open(Path(folder)).manifest.architecture.n_layers)
+    return sharded(stack, name, parts, free_ports(len(parts) - 1))
+
+
 def _settings(port: int) -> Settings:
     from deploy.local.bundle import Settings, site
 
@@ -481,8 +498,9 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
     from bench.bundle import Running
     from deploy.local.bundle import Bundle
 
-    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
-    _ensure_edge(stack)
+    whole = _stack(())
+    _ensure_edge(whole.only(tuple({variant.of for variant in variants.values()})))
+    stack = whole.varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
     with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
         urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
         yield Running(urls, {process.name: process.pid for process in bundle.processes})

@@ -223,6 +223,31 @@ def chaos(
     measure(rooms.start, _queries(rooms, data, list(SKILLS), 100), site, plan, kinds, seconds, as_json=as_json)
 
 
+@app.command("survival")
+def survival(
+    context: typer.Context,
+    trials: Annotated[int, typer.Option(min=1, help="Kills.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of what is asked, who is killed and when.")] = 1,
+    shards: Annotated[int, typer.Option(min=2, help="Ranges that the layers are cut into.")] = 2,
+    replicas: Annotated[int, typer.Option(min=1, max=4, help="Of each range; 1: the fallback is what counts.")] = 2,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Kill shards (SIGKILL) in the middle of answers: are these the same to the letter, or declared fallbacks?
+
+    Examples: edgecascade bench survival --json --trials 100 --seed 1
+              edgecascade bench survival --replicas 1 --trials 20
+    """
+    from bench.measure import survival as measure
+    from bench.survival import Plan
+
+    rooms: Rooms = context.obj
+    plan = Plan(tier or rooms.home() / "edge", shards, replicas, trials, seed, tokens, threads=threads)
+    measure(rooms.start, plan, as_json=as_json)
+
+
 @app.command("seal")
 def seal(
     artifact: Tier,

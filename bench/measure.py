@@ -14,6 +14,7 @@ from rich.console import Console
 from bench import overhead as own_cost
 from bench import plot as plots
 from bench import saturation, tables
+from bench import survival as survival_of
 from bench.arms import SEQUENTIAL, TITLES, available, left_out
 from bench.bundle import Start, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
@@ -175,6 +176,21 @@ def chaos(
             console.print(f"{c.name}: {times} x {lie}")
     if steps:
         console.print(tables.saturation_table(steps, f"saturation: {most:.1f} good answers a second"))
+
+
+def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
+    """Kill shards while they answer and print what came of it; raises `BenchError`."""
+    with bar("killing") as report:
+        found = survival_of.Figures.of(survival_of.measure(start, plan, report))
+    if as_json:
+        print(json.dumps({"trials": plan.trials, "replicas": plan.replicas, **asdict(found)}))
+        return
+    print(f"{plan.trials} kills, {plan.shards} ranges of {plan.replicas}: {found.identical} identical answers, ", end="")
+    print(f"{found.fallbacks} declared fallbacks, {found.lost} lost")
+    if found.resume_ms_p50 is not None:
+        print(f"after a kill an answer went on in {found.resume_ms_p50:.0f} ms (median), {found.resume_ms_max:.0f} at most")
+    for why, times in found.reasons.items():
+        print(f"lost {times} x: {why}")
 
 
 def _factors(site: Site) -> str:
