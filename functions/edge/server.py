@@ -28,7 +28,7 @@ from functions.edge.wire import (
     model_digest,
 )
 from functions.serving.web import log_failure
-from models.errors import ArtifactError, PromptTooLongError, ShardsLostError
+from models.errors import ArtifactError, LinkLostError, PromptTooLongError, ShardsLostError
 from models.runtime.engine import CHUNK
 from models.runtime.links import Opening
 from models.runtime.pipeline import Replicas, relay
@@ -36,6 +36,8 @@ from models.runtime.stage import Stage
 
 _LOG = logging.getLogger(__name__)
 _SWEEP_S = 0.25
+_STREAMS_A_SESSION = 3
+"""Of each variant one is at work, and one more may wait for its place."""
 
 
 class StrangerError(WireError):
@@ -47,6 +49,7 @@ _STATUS = {
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     ArtifactError: grpc.StatusCode.FAILED_PRECONDITION,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,
+    LinkLostError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     PromptTooLongError: grpc.StatusCode.OUT_OF_RANGE,
     ShardsLostError: grpc.StatusCode.ABORTED,
 }
@@ -168,15 +171,16 @@ class ShardServer:
     def __init__(self, service: ShardService, stage: Stage, config: ShardConfig, identity: Identity | None, sessions: int):
         shape = stage.manifest.architecture
         self._service = service
+        most = _STREAMS_A_SESSION * sessions  # some wait for a place
         self._server = grpc.server(
-            ThreadPoolExecutor(sessions, "shard"),
+            ThreadPoolExecutor(most, "shard"),
             options=[
                 *options(message_limit(shape.width, shape.vocab_size, CHUNK)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 50),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=sessions,
+            maximum_concurrent_rpcs=most,
         )
         add_ShardServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
         if identity is None:

@@ -51,6 +51,10 @@ _LEFT_ALONE_S = 1.0
 """How long a replica that was lost is asked last."""
 
 
+_PLACE_S = 0.4
+"""How long a session waits for a place at a shard: those before it may be about to leave."""
+
+
 # ---- replicas: which one, and what happens when it is lost ----
 
 
@@ -231,11 +235,11 @@ def picked(logits: Floats, choice: Choice) -> Pick:
 
 @contextmanager
 def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[Relay]:
-    """Open a session at a shard; raises `ArtifactError` for a variant it does not have."""
+    """Open a session at a shard; raises `ArtifactError` for a variant it does not have, `LinkLostError` if it is full."""
     lane = stage.lanes.get(opening.variant)
     if lane is None:
         raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
-    with lane.session(opening.expires) as here:
+    with lane.session(opening.expires, _PLACE_S) as here:
         further = beyond.open(opening) if beyond is not None else None
         try:
             yield Relay(here, further)

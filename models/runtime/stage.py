@@ -18,7 +18,7 @@ import numpy as np
 from models.artifact.manifest import EXPORTED, Manifest
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
-from models.errors import ArtifactError, PromptTooLongError
+from models.errors import ArtifactError, LinkLostError, PromptTooLongError
 from models.runtime.layers import Floats, Layers
 from models.runtime.links import Want
 from models.runtime.sessions import EngineOptions, parts_of
@@ -48,19 +48,24 @@ class Lane:
         return self.layers.range.stop == self.shape.n_layers
 
     @contextmanager
-    def session(self, deadline: float) -> Iterator[StageSession]:
-        """Lend an empty session; waits while all are in use. Those with the earlier `deadline` go first."""
-        with self._places:
+    def session(self, deadline: float, wait_s: float | None = None) -> Iterator[StageSession]:
+        """Lend an empty session; waits while all are in use, but no longer than `wait_s`, then `LinkLostError`.
+
+        Passes of those with the earlier `deadline` go first.
+        """
+        if not self._places.acquire(timeout=wait_s):
+            raise LinkLostError(f"all of its {len(self._sessions)} sessions are in use")
+        with self._lock:
+            slot = heapq.heappop(self._free)
+        session = self._sessions[slot]
+        session.deadline, session.length = deadline, 0
+        try:
+            yield session
+        finally:
+            self.turns.leave(session)
             with self._lock:
-                slot = heapq.heappop(self._free)
-            session = self._sessions[slot]
-            session.deadline, session.length = deadline, 0
-            try:
-                yield session
-            finally:
-                self.turns.leave(session)
-                with self._lock:
-                    heapq.heappush(self._free, slot)
+                heapq.heappush(self._free, slot)
+            self._places.release()
 
     def step(self, members: Sequence[StageSession]) -> None:
         """Read each member's next state, in one pass over the slots from the first to the last of them.
