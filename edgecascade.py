@@ -75,9 +75,7 @@ def up(
         int, typer.Option(envvar="EDGECASCADE_PORT", min=0, max=65535, help="The gateway's; 0: a free one.")
     ] = DEFAULT_PORT,
     only: Annotated[list[str] | None, typer.Option(help="Start this function only; may be given again.")] = None,
-    shards: Annotated[
-        str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")
-    ] = "",
+    shards: Annotated[str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")] = "",
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 

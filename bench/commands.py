@@ -235,7 +235,7 @@ def survival(
     threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Kill shards (SIGKILL) in the middle of answers: are these the same to the letter, or declared fallbacks?
+    """Kill shards (SIGKILL) in the middle of answers: these must be the same to the letter, or declared fallbacks.
 
     Examples: edgecascade bench survival --json --trials 100 --seed 1
               edgecascade bench survival --replicas 1 --trials 20

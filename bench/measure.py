@@ -185,10 +185,16 @@ def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"trials": plan.trials, "replicas": plan.replicas, **asdict(found)}))
         return
-    print(f"{plan.trials} kills, {plan.shards} ranges of {plan.replicas}: {found.identical} identical answers, ", end="")
+    print(
+        f"{plan.trials} kills, {plan.shards} ranges of {plan.replicas}: {found.identical} identical answers, ", end=""
+    )
     print(f"{found.fallbacks} declared fallbacks, {found.lost} lost")
     if found.resume_ms_p50 is not None:
-        print(f"after a kill an answer went on in {found.resume_ms_p50:.0f} ms (median), {found.resume_ms_max:.0f} at most")
+        print(
+            print(
+                f"after a kill an answer went on in {found.resume_ms_p50:.0f} ms (median), at most {found.resume_ms_max:.0f}"
+            )
+        )
     for why, times in found.reasons.items():
         print(f"lost {times} x: {why}")
 

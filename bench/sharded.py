@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +23,7 @@ from bench.errors import BenchError
 
 WHOLE, HEAD = "whole", 0
 _TIER = "edge"
-_SESSIONS = re.compile(r"^edgecascade_shard_sessions\{.*\} (\S+)$", re.MULTILINE)
-_ASK_S = 2.0
+_ASK_S, _READY_S, _POLL_S = 2.0, 60.0, 0.1
 
 
 def n_layers(tier: Path) -> int:
@@ -122,18 +122,32 @@ class Troupe:
     def at_work(self, part: int) -> Shard | None:
         """A replica of a range that has a session, None if there is none."""
         for shard in self.shards:
-            if shard.part == part and self.sessions(shard):
+            if shard.part == part and self._counts(shard, "edgecascade_shard_sessions"):
                 return shard
         return None
 
-    def sessions(self, shard: Shard) -> int:
-        """Sessions that a shard counts, 0 if it does not say."""
+    def lost_links(self) -> float:
+        """How many sessions lost a shard, as far as those count that live."""
+        return sum(self._counts(shard, "edgecascade_links_lost_total") for shard in self.shards)
+
+    def wait_ready(self, shard: Shard) -> None:
+        """Return when it takes requests; raises `BenchError` if it does not for long."""
+        ends = time.monotonic() + _READY_S
+        while time.monotonic() < ends:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url(shard)}/_/ready", trust_env=False, timeout=_ASK_S).is_success:
+                    return
+            time.sleep(_POLL_S)
+        raise BenchError(f"{shard.name} was not ready again in time")
+
+    def _counts(self, shard: Shard, series: str) -> float:
+        """A series of a shard's metrics, 0 if it does not say."""
         try:
             page = httpx.get(f"{self.url(shard)}/metrics", timeout=_ASK_S, trust_env=False).text
         except httpx.HTTPError:
-            return 0
-        found = _SESSIONS.search(page)
-        return int(float(found[1])) if found else 0
+            return 0.0
+        found = re.search(rf"^{series}\{{.*\}} (\S+)$", page, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
     def _stop(self, name: str) -> None:
         stack = self._stacks.pop(name, None)

@@ -1,4 +1,6 @@
-"""`bench survival`: shards are killed (SIGKILL) while they answer. Is the answer the same, to the letter?
+"""`bench survival`: shards are killed (SIGKILL) while they answer.
+
+Is the answer the same, to the letter?
 
 With two replicas of each range it must be; with one, the dispatcher's declared fallback must come in time.
 """
@@ -10,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.bundle import Start, Variant
 from bench.client import Client, Reply
-from bench.errors import BenchError, ServiceError
+from bench.errors import ServiceError
 from bench.sharded import HEAD, Shard, Troupe, even_cut, n_layers, ports_for, shards, whole
 
 QUESTIONS = (
@@ -29,7 +32,8 @@ QUESTIONS = (
 )
 GREEDY: Mapping[str, Any] = {"temperature": 0}
 _DISPATCHER = "dispatcher"
-_READY_S, _POLL_S = 60.0, 0.1
+_TRIES = 5
+"""How often a trial is made whose answer was over before the kill."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is identical, fallback or lost; `why` what was lost; `resume_ms` from the kill to the next piece."""
+    """`kind` is identical, fallback or lost; `why` what was lost.
+
+    `struck`: the kill hit a session at work. `pause_ms`: the longest time without a piece from the kill on.
+    """
 
     trial: Trial
     kind: str
-    resume_ms: float | None = None
+    struck: bool = True
+    pause_ms: float | None = None
     why: str = ""
 
 
@@ -94,15 +102,22 @@ def measure(start: Start, plan: Plan, report: Callable[[int, int, str], None]) -
     with Troupe(start, cast) as troupe:
         for number, trial in enumerate(trials(plan, lengths, samplings), 1):
             text = "".join(wanted[trial.question, samplings.index(trial.sampling)])
-            run = _survive if plan.replicas > 1 else _fall_back
-            found.append(run(start, troupe, plan, trial, text))
-            report(number, plan.trials, f"{found[-1].kind}")
+            found.append(_until_struck(start, troupe, plan, trial, text))
+            report(number, plan.trials, found[-1].kind)
     return found
 
 
-def references(
-    start: Start, plan: Plan, samplings: Sequence[Mapping[str, Any]]
-) -> dict[tuple[str, int], list[str]]:
+def _until_struck(start: Start, troupe: Troupe, plan: Plan, trial: Trial, wanted: str) -> Outcome:
+    """Try again, a few times, when the answer was over before the kill; what went wrong counts at once."""
+    run = _survive if plan.replicas > 1 else _fall_back
+    for _ in range(_TRIES):
+        outcome = run(start, troupe, plan, trial, wanted)
+        if outcome.struck or outcome.kind == "lost":
+            break
+    return outcome
+
+
+def references(start: Start, plan: Plan, samplings: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[str]]:
     """What the tier in one piece answers, piece by piece."""
     found = {}
     with whole(start, plan.tier, THREADS=str(plan.threads)) as url, Client(url) as client:
@@ -116,90 +131,97 @@ def references(
 def _ask(client: Client, plan: Plan, model: str = "auto") -> Ask:
     def ask(question: str, sampling: Mapping[str, Any]) -> Iterator[str | Reply]:
         messages = [{"role": "user", "content": question}]
-        return client.stream(
-            "chat", messages, model, plan.tokens, fields=sampling, deadline_ms=plan.deadline_ms
-        )
+        return client.stream("chat", messages, model, plan.tokens, fields=sampling, deadline_ms=plan.deadline_ms)
 
     return ask
 
 
 @dataclass
-class _Kill:
-    """Kills once, when an answer has come so far."""
+class _Answer:
+    """An answer as it comes in, in the middle of which somebody is killed."""
 
     troupe: Troupe
     trial: Trial
     head: Shard
     victim: Shard | None = None
-    at: float = 0.0
+    killed: float | None = None
+    pieces: list[str] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
 
-    def when_due(self, pieces: int) -> None:
-        """After a piece: is it time?"""
-        if self.victim is not None or pieces <= self.trial.piece:
-            return
-        victim = self.head if self.trial.victim == HEAD else self.troupe.at_work(self.trial.victim)
-        if victim is None:
-            return  # the answer's end was on its way already, or the session is not there yet: at the next piece
-        self.victim, self.at = victim, time.perf_counter()
-        self.troupe.kill(victim)
+    def read(self, said: Iterator[str | Reply]) -> Reply | None:
+        """Read to the end; raises `ServiceError` if it breaks off."""
+        for piece in said:
+            if isinstance(piece, Reply):
+                return piece
+            self.pieces.append(piece)
+            self.arrivals.append(time.perf_counter())
+            self._kill_when_due()
+        return None
+
+    def _kill_when_due(self) -> None:
+        if len(self.pieces) == 1 and self.victim is None:
+            self.victim = self.head if self.trial.victim == HEAD else self.troupe.at_work(self.trial.victim)
+        if self.victim is not None and self.killed is None and len(self.pieces) > self.trial.piece:
+            self.killed = time.perf_counter()
+            self.troupe.kill(self.victim)
+
+    @property
+    def pause_ms(self) -> float | None:
+        """The longest time without a piece from the kill on, None if none came after it."""
+        if self.killed is None:
+            return None
+        after = [self.killed, *(at for at in self.arrivals if at > self.killed)]
+        return 1e3 * max((b - a for a, b in pairwise(after)), default=0.0) if len(after) > 1 else None
 
 
 def _survive(_start: Start, troupe: Troupe, plan: Plan, trial: Trial, wanted: str) -> Outcome:
-    """Ask a head; one that dies is asked no more, but another is, from the beginning."""
+    """Ask a head; if it dies, ask another, from the beginning."""
     heads = [shard for shard in troupe.shards if shard.part == HEAD]
-    order = [heads[(trial.head + n) % len(heads)] for n in range(len(heads))]
-    kill, pieces, resumed, why = _Kill(troupe, trial, order[0]), list[str](), 0.0, "no head is left"
+    first, second = heads[trial.head], heads[(trial.head + 1) % len(heads)]
+    answer, lost = _Answer(troupe, trial, first), troupe.lost_links()
     try:
-        for head in order:
-            had, pieces = len(pieces), list[str]()
-            try:
-                with Client(troupe.url(head)) as client:
-                    for piece in _ask(client, plan)(trial.question, trial.sampling):
-                        if not isinstance(piece, str):
-                            break
-                        pieces.append(piece)
-                        if kill.victim is not None and not resumed and len(pieces) > had:
-                            resumed = time.perf_counter()
-                        kill.when_due(len(pieces))
-            except ServiceError as error:
-                why = str(error)
-                if kill.victim is not head:
-                    break
-            else:
-                why = "the answer is another one"
-                break
+        broke = _broke_off(troupe, plan, answer, first)
+        if broke and answer.victim is first:
+            answer.pieces.clear()
+            broke = _broke_off(troupe, plan, answer, second)
+            struck = True
+        else:
+            struck = troupe.lost_links() > lost
     finally:
-        if kill.victim is not None:
-            troupe.begin(kill.victim)
-    if "".join(pieces) != wanted:
-        return Outcome(trial, "lost", why=why)
-    if kill.victim is None:
-        return Outcome(trial, "lost", why="nobody was killed: no shard had a session")
-    return Outcome(trial, "identical", 1e3 * (resumed - kill.at) if resumed else None)
+        if answer.killed is not None and answer.victim is not None:
+            troupe.begin(answer.victim)
+    if broke or "".join(answer.pieces) != wanted:
+        return Outcome(trial, "lost", struck, why=broke or "the answer is another one")
+    return Outcome(trial, "identical", struck, answer.pause_ms)
 
 
-def _fall_back(start: Start, troupe: Troupe, plan: Plan, trial: Trial, _wanted: str) -> Outcome:
+def _broke_off(troupe: Troupe, plan: Plan, answer: _Answer, head: Shard) -> str:
+    """Ask a head and read its answer; returns why that broke off, '' if it did not."""
+    try:
+        with Client(troupe.url(head)) as client:
+            answer.read(_ask(client, plan)(answer.trial.question, answer.trial.sampling))
+    except ServiceError as error:
+        return str(error)
+    return ""
+
+
+def _fall_back(start: Start, troupe: Troupe, plan: Plan, trial: Trial, wanted: str) -> Outcome:
     """Ask through a dispatcher: what it answers must say that it is a fallback, and come in time."""
     head = next(shard for shard in troupe.shards if shard.part == HEAD)
-    kill = _Kill(troupe, trial, head)
+    answer = _Answer(troupe, trial, head)
     try:
         with _dispatcher(start, troupe.url(head)) as url, Client(url) as client:
-            pieces, reply, began = 0, None, time.perf_counter()
-            for piece in _ask(client, plan, "edge")(trial.question, trial.sampling):
-                if isinstance(piece, Reply):
-                    reply = piece
-                    break
-                pieces += 1
-                kill.when_due(pieces)
+            began = time.perf_counter()
+            reply = answer.read(_ask(client, plan, "edge")(trial.question, trial.sampling))
             took_ms = 1e3 * (time.perf_counter() - began)
     except ServiceError as error:
         return Outcome(trial, "lost", why=str(error))
     finally:
-        if kill.victim is not None:
-            troupe.begin(kill.victim)
-            _wait_ready(troupe.url(head))
-    if kill.victim is None:
-        return Outcome(trial, "lost", why="nobody was killed: no shard had a session")
+        if answer.killed is not None and answer.victim is not None:
+            troupe.begin(answer.victim)
+            troupe.wait_ready(head)
+    if reply is not None and not reply.degraded and "".join(answer.pieces) == wanted:
+        return Outcome(trial, "identical", struck=False)
     if reply is None or not reply.degraded:
         return Outcome(trial, "lost", why="the answer does not say that it is a fallback")
     if took_ms > plan.deadline_ms:
@@ -215,17 +237,6 @@ def _dispatcher(start: Start, edge: str) -> Iterator[str]:
         yield running.urls[_DISPATCHER]
 
 
-def _wait_ready(url: str) -> None:
-    import httpx
-
-    ends = time.monotonic() + _READY_S
-    while time.monotonic() < ends:
-        if httpx.get(f"{url}/_/ready", trust_env=False, timeout=5.0).is_success:
-            return
-        time.sleep(_POLL_S)
-    raise BenchError("the head was not ready again in time")
-
-
 @dataclass(frozen=True)
 class Figures:
     """What came of all trials."""
@@ -233,6 +244,7 @@ class Figures:
     identical: int
     fallbacks: int
     lost: int
+    struck: int
     resume_ms_p50: float | None
     resume_ms_max: float | None
     of_heads: int
@@ -242,12 +254,13 @@ class Figures:
     def of(cls, found: Sequence[Outcome]) -> Figures:
         """Count; resume times are those of shards that are no head, whose answers stream on."""
         kinds = [outcome.kind for outcome in found]
-        times = [o.resume_ms for o in found if o.resume_ms is not None and o.trial.victim != HEAD]
+        times = [o.pause_ms for o in found if o.pause_ms is not None and o.struck and o.trial.victim != HEAD]
         reasons = [o.why for o in found if o.why]
         return cls(
             kinds.count("identical"),
             kinds.count("fallback"),
             kinds.count("lost"),
+            sum(o.struck for o in found),
             median(times) if times else None,
             max(times, default=None),
             sum(o.trial.victim == HEAD for o in found),

@@ -15,6 +15,7 @@ from functions.edge.server import ShardServer, ShardService
 from functions.edge.tls import Identity
 from functions.edge.wire import Encoding, message_limit, model_digest
 from models.artifact.store import Artifact
+from models.errors import LinkLostError
 from models.runtime.engine import CHUNK
 from models.runtime.inprocess import InProcessLink
 from models.runtime.links import Answer, Link, LinkSession, Opening, Piece
@@ -22,7 +23,6 @@ from models.runtime.local import LocalTier
 from models.runtime.pipeline import Replicas, open_head
 from models.runtime.sessions import EngineOptions
 from models.runtime.stage import Stage
-from models.errors import LinkLostError
 
 OPTIONS = EngineOptions(threads=1, spin=False, sequences=3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -245,7 +244,7 @@ def test_who_is_about_to_stop_is_left_before(path: Path, wanted: list[Token]) ->
             stopping.start()
             found += [next(tokens), next(tokens)]
             if replicas == 2:
-                wait_until(lambda: leaver.service.open_sessions == 0)
+                wait_until(lambda leaver=leaver: leaver.service.open_sessions == 0)
             found += list(tokens)
             assert found == wanted
             stopping.join()
@@ -273,7 +272,7 @@ def test_nothing_is_left_behind(path: Path) -> None:
         def held() -> tuple[int, int]:
             wait_until(lambda: sum(s.service.open_sessions for s in rig.shards.values()) == 0)
             gc.collect()
-            return len(os.listdir("/proc/self/fd")), threading.active_count()
+            return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(ask, range(30)))

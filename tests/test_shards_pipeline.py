@@ -109,7 +109,9 @@ def test_a_shard_opens_the_files_of_its_layers_only(int4: Path, tmp_path: Path) 
         for first in range(N):
             alone = tmp_path / f"{folder.name}-{first}"
             alone.mkdir()
-            others = {layer_file(n) for n in range(N) if n != first} | {f"adapter-{n:03d}.safetensors" for n in range(N) if n != first}
+            others = {layer_file(n) for n in range(N) if n != first} | {
+                f"adapter-{n:03d}.safetensors" for n in range(N) if n != first
+            }
             ends = {"tokenizer.json"} if first else set()
             ends |= set() if first == N - 1 or first == 0 else {"head.safetensors", "labels.safetensors"}
             for file in folder.iterdir():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from deploy.errors import StackError
 from deploy.stack import Stack
 
 _WISH = re.compile(r"(?P<name>[a-z][a-z0-9-]*)=(?:(?P<count>\d{1,3})|(?P<cuts>\d+-\d+(?:,\d+-\d+)+))")
+
+
+_CUTTABLE = "functions.edge."
 
 
 def parse_wish(text: str) -> tuple[str, str]:
@@ -35,11 +39,13 @@ def evenly(n_layers: int, count: int) -> list[range]:
     if not 0 < count <= n_layers:
         raise StackError(f"{n_layers} layers cannot be cut into {count} shards")
     edges = [n_layers * n // count for n in range(count + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def sharded(stack: Stack, name: str, parts: Sequence[range], ports: Sequence[int]) -> Stack:
     """The stack with one function cut; the head keeps its name, `ports` are where the others listen for links."""
+    if _CUTTABLE not in stack.functions[name].fprocess:
+        raise StackError(f"'{name}' cannot be cut; the edge tier can")
     if len(parts) == 1:
         return stack
     variants: dict[str, tuple[str, Mapping[str, str]]] = {other: (other, {}) for other in stack.functions}

@@ -88,7 +88,9 @@ class _Channel:
 class GrpcLink:
     """One address; its channel is made when it is first needed, and anew after a loss or with a new certificate."""
 
-    def __init__(self, address: str, hello: Hello, encoding: Encoding, message_bytes: int, identity: Identity | None):
+    def __init__(
+        self, address: str, hello: Hello, encoding: Encoding, message_bytes: int, identity: Identity | None
+    ) -> None:
         self.name = address
         self._hello, self._encoding, self._identity = hello, encoding, identity
         self._options = [*options(message_bytes), *_CALLER_OPTIONS]

@@ -60,7 +60,9 @@ class ShardConfig:
             layers=_layers(text),
             next=tuple(_address(part.strip(), tls) for part in environment.text("SHARD_NEXT", "").split(",") if part),
             listen=environment.integer("SHARD_LISTEN", cls.listen, 0, 65535),
-            states=Encoding[environment.choices("SHARD_STATES", ("fp32",), [e.name.lower() for e in Encoding])[0].upper()],
+            states=Encoding[
+                environment.choices("SHARD_STATES", ("fp32",), [e.name.lower() for e in Encoding])[0].upper()
+            ],
             kv_bytes=environment.integer("SHARD_KV_MB", cls.kv_bytes >> 20, 1, 1 << 20) << 20,
             idle_s=environment.number("SHARD_IDLE_MS", cls.idle_s * 1e3, 100, 3_600_000) / 1e3,
             tls=tls,
@@ -101,9 +103,10 @@ def _tls(environment: Environment) -> TlsSettings | None:
     missing = next((key for key, path in paths.items() if not path), None)
     if missing:
         raise ConfigError(f"{missing} is not set; links with TLS need {', '.join(_TLS)} and SHARD_PEERS")
-    for key, path in paths.items():
+    for name, path in paths.items():
         if not Path(path).is_file():
-            raise ConfigError(f"{key} names a file that is not there")
+            raise ConfigError(f"{name} names a file that is not there")
     if not peers or not all(_SPIFFE_ID.fullmatch(peer) for peer in peers):
         raise ConfigError("SHARD_PEERS must list the SPIFFE ids of the other shards, such as spiffe://site/edge")
-    return TlsSettings(*(Path(paths[key]) for key in _TLS), frozenset(peers))
+    certificate, key, authority = (Path(path) for path in paths.values())
+    return TlsSettings(certificate, key, authority, frozenset(peers))

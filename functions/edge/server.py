@@ -44,7 +44,7 @@ class StrangerError(WireError):
     """The caller is not one of those that may ask."""
 
 
-_STATUS = {
+_STATUS: dict[type[Exception], grpc.StatusCode] = {
     StrangerError: grpc.StatusCode.PERMISSION_DENIED,
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     ArtifactError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -142,7 +142,9 @@ class ShardService(ShardServicer):
             m = self._stage.manifest
             raise MismatchError(f"the caller has another model than this shard's {m.model_id} {m.model_version}")
         if said.first_layer != layers.start:
-            raise MismatchError(f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}")
+            raise MismatchError(
+                f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
+            )
         if not 0 <= said.remaining_ms < math.inf:
             raise WireError("'remaining_ms' of 'open' is no time")
         expires = self._clock() + said.remaining_ms / 1e3 if said.remaining_ms else math.inf
@@ -168,7 +170,9 @@ def _abort(context: Any, code: grpc.StatusCode, reason: str) -> NoReturn:
 class ShardServer:
     """The listening side; `start` it, and `stop` it with time for those at work."""
 
-    def __init__(self, service: ShardService, stage: Stage, config: ShardConfig, identity: Identity | None, sessions: int):
+    def __init__(
+        self, service: ShardService, stage: Stage, config: ShardConfig, identity: Identity | None, sessions: int
+    ) -> None:
         shape = stage.manifest.architecture
         self._service = service
         most = _STREAMS_A_SESSION * sessions  # some wait for a place

@@ -156,7 +156,13 @@ def create_head(config: TierConfig, shard: ShardConfig) -> Flask:
 
     def load(config: TierConfig) -> Tier:
         tier = open_head(
-            Path(config.model_path), config.name, shard.layers.stop, further.replicas, options, keys=wrapper, signer=signer
+            Path(config.model_path),
+            config.name,
+            shard.layers.stop,
+            further.replicas,
+            options,
+            keys=wrapper,
+            signer=signer,
         )
         further.wait(variant, lambda: drain.draining)
         return tier

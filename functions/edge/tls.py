@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificate
 
 from functions.edge.config import TlsSettings
 from models.errors import LinkLostError
 
 Stamp = tuple[int, ...]
+_LOOKS, _LOOK_AGAIN_S = 10, 0.02
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class Identity:
             stamp = self._look()
             if stamp != self._stamp:
                 material = self._read()
-                _check(self._settings)
-                self._stamp, self._material = stamp, material
-        except (OSError, ssl.SSLError):  # they are being replaced: the next look finds the new ones
+                if _fits(material):
+                    self._stamp, self._material = stamp, material
+        except (OSError, ValueError):  # they are being replaced: the next look finds the new ones
             pass
         return self._stamp, self._material
 
@@ -69,7 +73,7 @@ class Identity:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["h2"])
         try:
-            context.load_cert_chain(s.certificate, s.key)
+            self._present(context)
             with (
                 socket.create_connection((host, port), timeout_s) as raw,
                 context.wrap_socket(raw, server_hostname=host) as secured,
@@ -85,6 +89,18 @@ class Identity:
             raise LinkLostError(f"the certificate of {host}:{port} has no DNS name beside its SPIFFE id")
         return dns[0]
 
+    def _present(self, context: ssl.SSLContext) -> None:
+        """Load the certificate from its files, which may be just being replaced, one after the other."""
+        for attempt in range(_LOOKS):
+            try:
+                context.load_cert_chain(self._settings.certificate, self._settings.key)
+            except OSError:
+                if attempt + 1 == _LOOKS:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
+            else:
+                return
+
     def _look(self) -> Stamp:
         s = self._settings
         return tuple(n for f in (s.certificate, s.key, s.authority) for n in (f.stat().st_mtime_ns, f.stat().st_ino))
@@ -94,6 +110,7 @@ class Identity:
         return Material(s.certificate.read_bytes(), s.key.read_bytes(), s.authority.read_bytes())
 
 
-def _check(settings: TlsSettings) -> None:
-    """Raise `ssl.SSLError` if key and certificate do not belong together (one of them is being replaced)."""
-    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(settings.certificate, settings.key)
+def _fits(material: Material) -> bool:
+    """Whether key and certificate belong together; raises `ValueError` if they cannot be read."""
+    key = load_pem_private_key(material.key, None)
+    return load_pem_x509_certificate(material.certificate).public_key() == key.public_key()

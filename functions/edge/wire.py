@@ -1,4 +1,4 @@
-"""Between values and messages: what a shard sends is made here, and what it is sent is checked here before it is used."""
+"""Between values and messages: what a shard sends is made here, what it is sent is checked here before it is used."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Encoding(Enum):
     FP32, FP16, INT8 = pb.FP32, pb.FP16, pb.INT8
 
 
+_WANTS: dict[Want, pb.Want] = {Want.NOTHING: pb.NOTHING, Want.TOKEN: pb.TOKEN, Want.STATES: pb.STATES}
 _BYTES_EACH = {Encoding.FP32: 4, Encoding.FP16: 2, Encoding.INT8: 1}
 
 
@@ -124,9 +125,7 @@ _DECODERS: dict[Encoding, Callable[[bytes, int], Floats]] = {
 
 def encode_piece(piece: Piece, encoding: Encoding) -> pb.ToShard:
     """A piece as a message."""
-    message = pb.Piece(
-        states=encode_states(piece.states, encoding), want=pb.Want.ValueType(piece.want.value), again=piece.again
-    )
+    message = pb.Piece(states=encode_states(piece.states, encoding), want=_WANTS[piece.want], again=piece.again)
     if piece.want is Want.TOKEN:
         c = piece.choice
         message.choice.CopyFrom(
@@ -141,8 +140,8 @@ def decode_piece(message: pb.Piece, width: int, vocab_size: int, most: int) -> P
     """Read a piece; raises `WireError`."""
     states = decode_states(message.states, width, most)
     try:
-        want = Want(message.want)
-    except ValueError:
+        want = next(want for want, value in _WANTS.items() if value == message.want)
+    except StopIteration:
         raise WireError(f"a piece wants {message.want}, which is unknown") from None
     choice = _choice(message.choice, vocab_size) if want is Want.TOKEN else Choice()
     return Piece(states, want, choice, message.again)
@@ -170,9 +169,7 @@ def encode_answer(answer: Answer, encoding: Encoding, *, leaving: bool) -> pb.Fr
     if not isinstance(answer, Pick):
         return pb.FromShard(states=encode_states(answer, encoding), leaving=leaving)
     ids, logprobs = zip(*answer.top, strict=True) if answer.top else ((), ())
-    picked = pb.Picked(
-        id=answer.id, logprob=answer.logprob, margin=answer.margin, top_ids=ids, top_logprobs=logprobs
-    )
+    picked = pb.Picked(id=answer.id, logprob=answer.logprob, margin=answer.margin, top_ids=ids, top_logprobs=logprobs)
     return pb.FromShard(picked=picked, leaving=leaving)
 
 

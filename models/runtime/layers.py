@@ -1,7 +1,7 @@
 """Layers of a decoder on onnxruntime: key-value buffers that past and present share, bound once to a session a segment.
 
-Knows neither tokens nor who they belong to: states go in, states or logits come out. B sequences, T new tokens, C width,
-R rows, V vocabulary.
+Knows neither tokens nor who they belong to: states go in, states or logits come out. B sequences, T new tokens, C
+width, R rows, V vocabulary.
 """
 
 from __future__ import annotations

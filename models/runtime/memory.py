@@ -20,7 +20,8 @@ class KeyValueMemory:
 
     As one array, large allocations lie in huge pages where the system lends them (numpy asks for them), and a prefix
     is copied in one statement. One row more than there is room for takes what a sequence writes that sits out a pass.
-    `layers` are those it serves, by default all; `version` counts the arrays: what points into an older one must be made anew. Not for two threads at once.
+    `layers` are those it serves, by default all; `version` counts the arrays: what points into an older one must be
+    made anew. Not for two threads at once.
     """
 
     def __init__(self, shape: LlamaShape, max_slots: int, max_room: int, layers: range | None = None) -> None:

@@ -60,7 +60,7 @@ _PLACE_S = 0.4
 
 @dataclass(frozen=True)
 class ReplicaStats:
-    """Since the start: sessions that lost a shard, those that went on elsewhere, those that moved off one that stops."""
+    """Since the start: how often a session lost a shard, went on elsewhere, and left a shard that is about to stop."""
 
     lost: int = 0
     resumed: int = 0
@@ -183,7 +183,9 @@ class ReplayedSession:
             else:
                 self._stays = False
                 return
-        raise ShardsLostError(f"no shard that comes next is left ({self._replicas.name}); the last reason: {self._reason}")
+        raise ShardsLostError(
+            f"no shard that comes next is left ({self._replicas.name}); the last reason: {self._reason}"
+        )
 
     def _opened(self, link: Link) -> LinkSession:
         session = link.open(self._opening)
@@ -235,7 +237,7 @@ def picked(logits: Floats, choice: Choice) -> Pick:
 
 @contextmanager
 def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[Relay]:
-    """Open a session at a shard; raises `ArtifactError` for a variant it does not have, `LinkLostError` if it is full."""
+    """Open a session at a shard; raises `ArtifactError` for a variant it lacks, `LinkLostError` if it is full."""
     lane = stage.lanes.get(opening.variant)
     if lane is None:
         raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
