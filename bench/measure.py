@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import links as links_of
 from bench import overhead as own_cost
 from bench import plot as plots
 from bench import saturation, tables
@@ -178,6 +179,23 @@ def chaos(
         console.print(tables.saturation_table(steps, f"saturation: {most:.1f} good answers a second"))
 
 
+def links(start: Start, plan: links_of.Plan, plot: Path | None, *, as_json: bool) -> None:
+    """Measure what cutting a tier costs and print it; raises `BenchError`."""
+    with bar("asking") as report:
+        run = links_of.measure(start, plan, report)
+    if plot:
+        plots.links(run, plot)
+    if as_json:
+        print(json.dumps(run.as_dict()))
+        return
+    console = terminal(stderr=False)
+    console.print(tables.links_table(run.rows, f"{plan.tokens} tokens, {plan.callers} at once, {plan.states}"))
+    up, down = run.bytes_per_token_up, run.bytes_per_token_down
+    console.print(f"bytes a token over a link: {up:.0f} there, {down:.0f} back")
+    for d in run.delayed:
+        console.print(f"{d.delay_ms:g} ms away: {d.token_ms:.2f} ms a token; compute and hops alone {d.limit_ms:.2f}")
+
+
 def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
     """Kill shards while they answer and print what came of it; raises `BenchError`."""
     with bar("killing") as report:
@@ -190,11 +208,8 @@ def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
     )
     print(f"{found.fallbacks} declared fallbacks, {found.lost} lost")
     if found.resume_ms_p50 is not None:
-        print(
-            print(
-                f"after a kill an answer went on in {found.resume_ms_p50:.0f} ms (median), at most {found.resume_ms_max:.0f}"
-            )
-        )
+        p50, most = found.resume_ms_p50, found.resume_ms_max
+        print(f"the longest pause after a kill: {p50:.0f} ms (median), {most:.0f} at most")
     for why, times in found.reasons.items():
         print(f"lost {times} x: {why}")
 

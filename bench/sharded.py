@@ -23,6 +23,8 @@ from bench.errors import BenchError
 
 WHOLE, HEAD = "whole", 0
 _TIER = "edge"
+Ports = Mapping[tuple[int, int], int]
+"""A port for each replica of each part but the head."""
 _ASK_S, _READY_S, _POLL_S = 2.0, 60.0, 0.1
 
 
@@ -57,15 +59,23 @@ class Shard:
 
 
 def shards(
-    cut: Sequence[range], replicas: int, tier: Path, ports: Mapping[tuple[int, int], int], **more: str
+    cut: Sequence[range],
+    replicas: int,
+    tier: Path,
+    ports: Ports,
+    settings: Mapping[str, str],
+    via: Ports | None = None,
 ) -> list[Shard]:
-    """Every replica of every range; those that are no head listen on `ports[part, replica]`."""
-    found = []
+    """Every replica of every range; those that are no head listen on `ports[part, replica]`.
+
+    They are reached at the ports of `via`, if there are any.
+    """
+    found, reached = [], via or ports
     for part, layers in enumerate(cut):
         span = f"{layers.start}-{layers.stop - 1}"
-        environment = {"SHARD_LAYERS": span, "SHARD_ID": span, "MODEL_PATH": str(tier.absolute()), **more}
+        environment = {"SHARD_LAYERS": span, "SHARD_ID": span, "MODEL_PATH": str(tier.absolute()), **settings}
         if part + 1 < len(cut):
-            after = [f"127.0.0.1:{ports[part + 1, replica]}" for replica in range(replicas)]
+            after = [f"127.0.0.1:{reached[part + 1, replica]}" for replica in range(replicas)]
             environment["SHARD_NEXT"] = ",".join(after)
         for replica in range(replicas):
             own = {"SHARD_LISTEN": str(ports[part, replica])} if part else {}
@@ -73,7 +83,7 @@ def shards(
     return found
 
 
-def ports_for(cut: Sequence[range], replicas: int) -> dict[tuple[int, int], int]:
+def ports_for(cut: Sequence[range], replicas: int) -> Ports:
     """A free port for each replica that is no head."""
     return {(part, replica): free_port() for part in range(1, len(cut)) for replica in range(replicas)}
 

@@ -97,7 +97,7 @@ def measure(start: Start, plan: Plan, report: Callable[[int, int, str], None]) -
     wanted = references(start, plan, samplings)
     lengths = {key: len(pieces) for key, pieces in wanted.items()}
     cut = even_cut(n_layers(plan.tier), plan.shards)
-    cast = shards(cut, plan.replicas, plan.tier, ports_for(cut, plan.replicas), THREADS=str(plan.threads))
+    cast = shards(cut, plan.replicas, plan.tier, ports_for(cut, plan.replicas), {"THREADS": str(plan.threads)})
     found = []
     with Troupe(start, cast) as troupe:
         for number, trial in enumerate(trials(plan, lengths, samplings), 1):

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bench import figures
+from bench import figures, links
 from bench.cascade import Figures
 from bench.chaos import Case
 from bench.evaluate import Evaluation
@@ -112,6 +112,17 @@ def chaos_table(cases: Sequence[Case], title: str) -> Table:
         shares = (percent(c.answered), percent(c.in_time), number(c.p50_ms), number(c.p99_ms), number(c.worst_late_ms))
         rest = (percent(c.truthful), number(c.amplification, 2), str(c.local_only_bytes), number(c.recovered_s))
         table.add_row(c.name, *shares, *rest, ", ".join(c.failings), style="red" if c.failings else None)
+    return table
+
+
+def links_table(rows: Sequence[links.Row], title: str) -> Table:
+    """What shards cost; a row in red said something else than the unsplit tier."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for name in ("shards", "ms a token", "ms a hop", "tokens/s at once", "of unsplit %"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        cells = (number(r.token_ms, 2), number(r.hop_ms, 2), number(r.together_tokens_s), percent(r.efficiency))
+        table.add_row(str(r.shards), *cells, style=None if r.same else "red")
     return table
 
 
