@@ -234,6 +234,7 @@ def links(
     callers: Annotated[int, typer.Option(min=1, help="Answers at once, where that is what counts.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine, and of the unsplit tier's.")] = 2,
     states: Annotated[str, typer.Option(help="fp32, or with a loss fp16 or int8.")] = "fp32",
+    spin: Annotated[bool, typer.Option("--spin", help="Shards run with SHARD_SPIN=1.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write time against link delay to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +250,7 @@ def links(
     rooms: Rooms = context.obj
     counts, delays_ms = [int(count) for count in rates(shards)], [float(delay) for delay in delays.split(",")]
     folder = tier or rooms.home() / "edge"
-    plan = Plan(folder, counts, rounds, tokens, callers, delays_ms, threads, states)
+    plan = Plan(folder, counts, rounds, tokens, callers, delays_ms, threads, states, spin)
     measure(rooms.start, plan, plot, as_json=as_json)
 
 

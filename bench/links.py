@@ -38,6 +38,7 @@ class Plan:
     delays_ms: Sequence[float] = (0.0, 1.0, 2.0, 5.0, 10.0)
     threads: int = 2
     states: str = "fp32"
+    spin: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _ways(start: Start, plan: Plan) -> Iterator[Mapping[int, str]]:
 
 
 def _settings(plan: Plan) -> dict[str, str]:
-    return {"THREADS": str(plan.threads), "SHARD_STATES": plan.states}
+    return {"THREADS": str(plan.threads), "SHARD_STATES": plan.states, "SHARD_SPIN": str(int(plan.spin))}
 
 
 def _over_a_proxy(

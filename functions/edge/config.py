@@ -32,13 +32,14 @@ class ShardConfig:
     """One shard: its layers, and where replicas of those that come after listen, `host:port` each.
 
     `listen` is the port for the shard before, on loopback only without `tls`. `kv_bytes` bounds what keys and values
-    may take; a session that is silent for `idle_s` is ended.
+    may take; a session that is silent for `idle_s` is ended. With `spin` the engine's threads wait busily in a pass.
     """
 
     layers: range
     next: tuple[str, ...] = ()
     listen: int = 5051
     states: Encoding = Encoding.FP32
+    spin: bool = False
     kv_bytes: int = 512 << 20
     idle_s: float = 60.0
     tls: TlsSettings | None = None
@@ -63,6 +64,7 @@ class ShardConfig:
             states=Encoding[
                 environment.choices("SHARD_STATES", ("fp32",), [e.name.lower() for e in Encoding])[0].upper()
             ],
+            spin=bool(environment.integer("SHARD_SPIN", cls.spin, 0, 1)),
             kv_bytes=environment.integer("SHARD_KV_MB", cls.kv_bytes >> 20, 1, 1 << 20) << 20,
             idle_s=environment.number("SHARD_IDLE_MS", cls.idle_s * 1e3, 100, 3_600_000) / 1e3,
             tls=tls,

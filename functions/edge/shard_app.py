@@ -48,7 +48,12 @@ def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -
     if not sequences:
         raise ConfigError(f"SHARD_KV_MB is too little: one session may take {-(-each * n_lanes >> 20)} MB")
     return EngineOptions(
-        config.threads, spin=False, sequences=sequences, providers=config.providers, slowdown=config.slowdown
+        config.threads,
+        spin=shard.spin,
+        rests=True,
+        sequences=sequences,
+        providers=config.providers,
+        slowdown=config.slowdown,
     )
 
 

@@ -66,6 +66,7 @@ SHARD_KEYS = (
     "SHARD_NEXT",
     "SHARD_LISTEN",
     "SHARD_STATES",
+    "SHARD_SPIN",
     "SHARD_KV_MB",
     "SHARD_IDLE_MS",
     "SHARD_TLS_CERT",

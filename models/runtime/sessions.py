@@ -35,7 +35,9 @@ SPIN_US = 1000
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
+    """`spin` lets idle threads wait busily: faster, but it costs power; one that `rests` does so within a pass only.
+
+    `sequences` may be open at the same time.
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
@@ -54,6 +56,7 @@ class EngineOptions:
     providers: Sequence[str] = (CPU,)
     exact_drafts: bool = False
     slowdown: float = 1.0
+    rests: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def open_session(
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests else "0")
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests or options.rests else "0")
     # Weights come from memory alone: a graph that names a file of weights is refused.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
