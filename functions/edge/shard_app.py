@@ -117,6 +117,7 @@ class Next:
             ("links_lost", "Sessions that lost the next shard.", stats.lost),
             ("links_resumed", "Those that went on with another replica.", stats.resumed),
             ("links_moved", "Sessions that left a shard before it stopped.", stats.moved),
+            ("links_ended", "Sessions that ended because no shard was left.", stats.ended),
         ):
             family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
             family.add_metric(list(labels.values()), value)
@@ -131,20 +132,20 @@ class HeadDrain(Drain):
     """A head is not ready either while nobody serves what comes after; that is asked only once it was lost."""
 
     probe: Callable[[], str | None] = lambda: None
-    lost: Callable[[], int] = lambda: 0
+    ended: Callable[[], int] = lambda: 0
     _seen: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reason_not_ready(self) -> str | None:
         """Why no requests are taken, or None."""
         reason = super().reason_not_ready()
-        if reason or self.lost() == self._seen:
+        if reason or self.ended() == self._seen:
             return reason
         with self._lock:
-            lost = self.lost()
+            ended = self.ended()
             fault = self.probe()
             if fault is None:
-                self._seen = lost
+                self._seen = ended
             return fault
 
 
@@ -157,7 +158,7 @@ def create_head(config: TierConfig, shard: ShardConfig) -> Flask:
     if further is None:
         raise ConfigError("SHARD_LAYERS holds the whole model; leave it out")
     variant = _variant(manifest)
-    drain = HeadDrain(probe=lambda: further.fault(variant), lost=lambda: further.replicas.stats.lost)
+    drain = HeadDrain(probe=lambda: further.fault(variant), ended=lambda: further.replicas.stats.ended)
 
     def load(config: TierConfig) -> Tier:
         tier = open_head(

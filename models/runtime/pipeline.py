@@ -60,11 +60,12 @@ _PLACE_S = 0.4
 
 @dataclass(frozen=True)
 class ReplicaStats:
-    """Since the start: how often a session lost a shard, went on elsewhere, and left a shard that is about to stop."""
+    """Since the start: how often a session lost a shard, went on elsewhere, left a shard that stops, ended for good."""
 
     lost: int = 0
     resumed: int = 0
     moved: int = 0
+    ended: int = 0
 
 
 class Replicas:
@@ -100,11 +101,11 @@ class Replicas:
         with self._lock:
             self._failed[link.name] = self._clock()
 
-    def count(self, *, lost: int = 0, resumed: int = 0, moved: int = 0) -> None:
+    def count(self, *, lost: int = 0, resumed: int = 0, moved: int = 0, ended: int = 0) -> None:
         """Add to the stats."""
         with self._lock:
             s = self.stats
-            self.stats = ReplicaStats(s.lost + lost, s.resumed + resumed, s.moved + moved)
+            self.stats = ReplicaStats(s.lost + lost, s.resumed + resumed, s.moved + moved, s.ended + ended)
 
 
 class ReplayedSession:
@@ -183,6 +184,7 @@ class ReplayedSession:
             else:
                 self._stays = False
                 return
+        self._replicas.count(ended=1)
         raise ShardsLostError(
             f"no shard that comes next is left ({self._replicas.name}); the last reason: {self._reason}"
         )
