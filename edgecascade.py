@@ -93,6 +93,7 @@ def up(
     cooldown: Annotated[float, typer.Option(min=0, help="Seconds without a request until there is none.")] = 60.0,
     window: Annotated[float, typer.Option(min=0, help="Seconds that fewer must have been wanted.")] = 30.0,
     record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
+    shards: Annotated[str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")] = "",
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
@@ -100,6 +101,7 @@ def up(
               edgecascade up --site edge --port 9000
               EDGE_URL=http://127.0.0.1:9000/function/edge edgecascade up --site device --secrets .secrets
               edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
+              edgecascade up --shards edge=2
     """
     from deploy.local.up import serve, serve_autoscaled
 
@@ -108,6 +110,8 @@ def up(
     stack = _stack(tuple(only or ()), site)
     if secrets is None:
         _ensure_edge(stack)
+    if shards:
+        stack = _cut(stack, shards)
     if not autoscale:
         serve(stack, _settings(port, secrets))
         return
@@ -582,6 +586,19 @@ def _stack(only: tuple[str, ...], site: str = "", variables: Mapping[str, str] |
     return (stack.site(site) if site else stack).only(only)
 
 
+def _cut(stack: Stack, wish: str) -> Stack:
+    """The stack with a function in shards."""
+    from deploy.local.plan import here
+    from deploy.local.process import free_ports
+    from deploy.local.shards import parse_wish, ranges, sharded
+    from models.artifact.store import Artifact
+
+    name, cut = parse_wish(wish)
+    folder = here(stack.only((name,)).functions[name].environment.get("MODEL_PATH", ""), _settings(0).site)
+    parts = ranges(cut, Artifact.open(Path(folder)).manifest.architecture.n_layers)
+    return sharded(stack, name, parts, free_ports(len(parts) - 1))
+
+
 def _settings(port: int, secrets: Path | None = None) -> Settings:
     from deploy.local.bundle import Settings, site
 
@@ -603,8 +620,9 @@ def _variants(variants: Mapping[str, Variant]) -> Iterator[Running]:
     from bench.bundle import Running
     from deploy.local.bundle import Bundle
 
-    stack = _stack(()).varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
-    _ensure_edge(stack)
+    whole = _stack(())
+    _ensure_edge(whole.only(tuple({variant.of for variant in variants.values()})))
+    stack = whole.varied({name: (variant.of, variant.environment) for name, variant in variants.items()})
     with Bundle(stack, _settings(0), lambda _name, _line: None) as bundle:
         urls = {name: f"http://127.0.0.1:{port}" for name, port in bundle.ports.items()}
         yield Running(urls, {process.name: process.pid for process in bundle.processes})

@@ -79,18 +79,28 @@ class Client:
         return reply(_json(answer.text), (self.clock() - begun) * 1000)
 
     def stream(
-        self, skill: str, messages: Sequence[Mapping[str, str]], model: str = "auto", max_tokens: int | None = None
+        self,
+        skill: str,
+        messages: Sequence[Mapping[str, str]],
+        model: str = "auto",
+        max_tokens: int | None = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        deadline_ms: float | None = None,
     ) -> Iterator[str | Reply]:
-        """Send messages and yield each piece of text as it comes, then the reply as a whole; raises `ServiceError`."""
+        """Send messages and yield each piece of text as it comes, then the reply as a whole; raises `ServiceError`.
+
+        `fields` go into the body as they are.
+        """
         begun = self.clock()
         body = {**_body(skill, messages, model), "stream": True, **({"max_tokens": max_tokens} if max_tokens else {})}
+        body |= fields or {}
+        headers = {"Accept": "text/event-stream", **_wishes(deadline_ms, local_only=False)}
         pieces: list[str] = []
         last: dict[str, Any] = {}
         try:
             # The gateway streams only for this Accept.
-            with self._http.stream(
-                "POST", "/v1/chat/completions", json=body, headers={"Accept": "text/event-stream"}
-            ) as answer:
+            with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
                 if not answer.is_success:
                     answer.read()
                     raise _refused(answer)

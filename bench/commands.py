@@ -294,6 +294,62 @@ def rolling(
     measure(rooms.whole, _queries(rooms, data, list(SKILLS), 100), Plan(rate, pause, deadline), as_json=as_json)
 
 
+@app.command("links")
+def links(
+    context: typer.Context,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    shards: Annotated[str, typer.Option(help="Numbers of shards; 1, the tier as it is, is among them.")] = "1,2,4",
+    delays: Annotated[str, typer.Option(help="Of the link, one way, in ms.")] = "0,1,2,5,10",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of all ways; figures are their medians.")] = 9,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
+    callers: Annotated[int, typer.Option(min=1, help="Answers at once, where that is what counts.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine, and of the unsplit tier's.")] = 2,
+    states: Annotated[str, typer.Option(help="fp32, or with a loss fp16 or int8.")] = "fp32",
+    spin: Annotated[bool, typer.Option("--spin", help="Shards run with SHARD_SPIN=1.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write time against link delay to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what cutting a tier costs: time and bytes a hop, throughput, and what slower links do.
+
+    Examples: edgecascade bench links --json
+              edgecascade bench links --shards 1,2 --delays 0 --states fp16
+    """
+    from bench.links import Plan
+    from bench.load import rates
+    from bench.measure import links as measure
+
+    rooms: Rooms = context.obj
+    counts, delays_ms = [int(count) for count in rates(shards)], [float(delay) for delay in delays.split(",")]
+    folder = tier or rooms.home() / "edge"
+    plan = Plan(folder, counts, rounds, tokens, callers, delays_ms, threads, states, spin)
+    measure(rooms.start, plan, plot, as_json=as_json)
+
+
+@app.command("survival")
+def survival(
+    context: typer.Context,
+    trials: Annotated[int, typer.Option(min=1, help="Kills.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of what is asked, who is killed and when.")] = 1,
+    shards: Annotated[int, typer.Option(min=2, help="Ranges that the layers are cut into.")] = 2,
+    replicas: Annotated[int, typer.Option(min=1, max=4, help="Of each range; 1: the fallback is what counts.")] = 2,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Kill shards (SIGKILL) in the middle of answers: these must be the same to the letter, or declared fallbacks.
+
+    Examples: edgecascade bench survival --json --trials 100 --seed 1
+              edgecascade bench survival --replicas 1 --trials 20
+    """
+    from bench.measure import survival as measure
+    from bench.survival import Plan
+
+    rooms: Rooms = context.obj
+    plan = Plan(tier or rooms.home() / "edge", shards, replicas, trials, seed, tokens, threads=threads)
+    measure(rooms.start, plan, as_json=as_json)
+
+
 @app.command("seal")
 def seal(
     artifact: Tier,

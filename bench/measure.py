@@ -11,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import links as links_of
 from bench import overhead as own_cost
 from bench import plot as plots
 from bench import rolling as roll
 from bench import saturation, tables
 from bench import sites as two_sites
+from bench import survival as survival_of
 from bench.arms import ARMS, SEQUENTIAL, TITLES
 from bench.bundle import Start, StartSite, StartWhole, Variant
 from bench.cascade import compare, frontier, rows, stage_for, verdict, ways
@@ -209,6 +211,41 @@ def rolling(start: StartWhole, queries: Sequence[Query], plan: roll.Plan, *, as_
 def _held(failings: Sequence[str]) -> None:
     if failings:
         raise BenchError(f"does not hold: {'; '.join(failings)}")
+
+
+def links(start: Start, plan: links_of.Plan, plot: Path | None, *, as_json: bool) -> None:
+    """Measure what cutting a tier costs and print it; raises `BenchError`."""
+    with bar("asking") as report:
+        run = links_of.measure(start, plan, report)
+    if plot:
+        plots.links(run, plot)
+    if as_json:
+        print(json.dumps(run.as_dict()))
+        return
+    console = terminal(stderr=False)
+    console.print(tables.links_table(run.rows, f"{plan.tokens} tokens, {plan.callers} at once, {plan.states}"))
+    up, down = run.bytes_per_token_up, run.bytes_per_token_down
+    console.print(f"bytes a token over a link: {up:.0f} there, {down:.0f} back")
+    for d in run.delayed:
+        console.print(f"{d.delay_ms:g} ms away: {d.token_ms:.2f} ms a token; compute and hops alone {d.limit_ms:.2f}")
+
+
+def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
+    """Kill shards while they answer and print what came of it; raises `BenchError`."""
+    with bar("killing") as report:
+        found = survival_of.Figures.of(survival_of.measure(start, plan, report))
+    if as_json:
+        print(json.dumps({"trials": plan.trials, "replicas": plan.replicas, **asdict(found)}))
+        return
+    print(
+        f"{plan.trials} kills, {plan.shards} ranges of {plan.replicas}: {found.identical} identical answers, ", end=""
+    )
+    print(f"{found.fallbacks} declared fallbacks, {found.lost} lost")
+    if found.resume_ms_p50 is not None:
+        p50, most = found.resume_ms_p50, found.resume_ms_max
+        print(f"the longest pause after a kill: {p50:.0f} ms (median), {most:.0f} at most")
+    for why, times in found.reasons.items():
+        print(f"lost {times} x: {why}")
 
 
 def _factors(site: Site) -> str:

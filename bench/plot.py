@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bench import figures
 from bench.cascade import Frontier
 from bench.flood import Answer
+from bench.links import Run
 from bench.load import Shot
 from bench.metrics import Point, Row
 
@@ -54,6 +55,24 @@ def frontier(points: Sequence[Frontier], titles: Mapping[str, str], bar: float |
     if bar is not None:
         axes.axhline(100 * bar, linestyle=":", color="grey", label="sequential, no deadline")
     axes.set(xlabel="deadline, ms (full marks: p99 within it)", ylabel="accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def links(run: Run, path: Path) -> None:
+    """Time a token against a link's delay, with the least that it could be."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    delays = [d.delay_ms for d in run.delayed]
+    axes.plot(delays, [d.token_ms for d in run.delayed], "o-", label="two shards, measured")
+    axes.plot(
+        delays, [d.limit_ms for d in run.delayed], ":", color="grey", label="unsplit compute + the way there and back"
+    )
+    axes.set(xlabel="delay of the link one way, ms", ylabel="ms a token")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

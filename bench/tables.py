@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bench import figures
+from bench import figures, links
 from bench.cascade import Figures
 from bench.chaos import Case
 from bench.evaluate import Evaluation
@@ -127,6 +127,17 @@ def sites_table(phases: Sequence[Phase], title: str) -> Table:
         counts = (p.sent, p.answered, p.sources.get("edge", 0), p.flagged, sum(p.lies.values()))
         reasons = ", ".join(f"{reason} {times}" for reason, times in p.reasons.items())
         table.add_row(p.name, *map(str, counts), number(p.p50_ms), number(p.p99_ms), reasons)
+    return table
+
+
+def links_table(rows: Sequence[links.Row], title: str) -> Table:
+    """What shards cost; a row in red said something else than the unsplit tier."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for name in ("shards", "ms a token", "ms a hop", "tokens/s at once", "of unsplit %"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        cells = (number(r.token_ms, 2), number(r.hop_ms, 2), number(r.together_tokens_s), percent(r.efficiency))
+        table.add_row(str(r.shards), *cells, style=None if r.same else "red")
     return table
 
 

@@ -9,6 +9,8 @@
     ├── PromptError      a prompt the model cannot take (`field` names the culprit)
     │   ├── PromptTooLongError
     │   └── GrammarError     a form of answer that cannot be kept to
+    ├── LinkLostError    a shard that was asked is gone, or takes no session; another may
+    ├── ShardsLostError  no shard is left that serves the layers that come next
     └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
@@ -53,6 +55,14 @@ class PromptTooLongError(PromptError):
 
 class GrammarError(PromptError):
     """The form that an answer is to have cannot be compiled, or cannot be kept to."""
+
+
+class LinkLostError(ModelError):
+    """A shard was asked and is gone, or refused the session."""
+
+
+class ShardsLostError(ModelError):
+    """No shard is left that serves the layers that come next; the answer cannot be finished."""
 
 
 class AbandonedError(ModelError):

@@ -9,9 +9,9 @@ from hypothesis import settings
 
 # Settings of the functions: a test must not see what the shell that runs it has set.
 _SETTINGS = (
-    *("API_KEY", "CA_FILE", "CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "EXACT_", "EXECUTION_"),
-    *("FEDERATION_", "LINGER_", "LOOKUP_", "MAX_", "MODEL_", "NODE_ID", "POWER_", "PREFIX_", "QUEUE_", "SCALER_"),
-    "SLOWDOWN",
+    *("API_KEY", "CA_FILE", "CACHE_", "CONFIDENCE_", "DEADLINE_", "DEFAULT_SKILL", "DEVICE_", "EDGE", "EXACT_"),
+    *("EXECUTION_", "FEDERATION_", "LINGER_", "LOOKUP_", "MAX_", "MODEL_", "NODE_ID", "POWER_", "PREFIX_", "QUEUE_"),
+    *("SCALER_", "SHARD_", "SLOWDOWN"),
 )
 
 # A busy machine is no failure.

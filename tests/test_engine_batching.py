@@ -104,11 +104,11 @@ def test_one_that_sits_out_between_two_others_is_not_touched(packed: PackedModel
         sleeper.logits(prompt(3, 63))
         sleeper.logits([9])
         assert sleeper.room == 0
-        before = engine.memory.read(sleeper.slot, range(64)).copy()
+        before = engine.layers.memory.read(sleeper.slot, range(64)).copy()
         logits = sleeper._logits.copy()
         a.next_id = b.next_id = 11
         engine.step([a, b])
-        assert np.array_equal(engine.memory.read(sleeper.slot, range(64)), before)
+        assert np.array_equal(engine.layers.memory.read(sleeper.slot, range(64)), before)
         assert np.array_equal(sleeper._logits, logits)
         shared = b._logits.copy()
     with engine.sequence() as alone:
@@ -119,11 +119,11 @@ def test_one_that_sits_out_between_two_others_is_not_touched(packed: PackedModel
 def test_a_memory_that_grows_changes_nothing(packed: PackedModel) -> None:
     ids = prompt(4, 250)
     with decoder(packed).sequence() as roomy:
-        roomy._decoder.memory.reserve(1, 500)
+        roomy._decoder.layers.memory.reserve(1, 500)
         wanted = decode(roomy, ids, 20)
     with decoder(packed).sequence() as sequence:
         found = decode(sequence, ids, 20)
-        assert sequence._decoder.memory.version == 2, "it grew while decoding"
+        assert sequence._decoder.layers.memory.version == 2, "it grew while decoding"
     assert equal(found, wanted)
 
 

@@ -27,6 +27,7 @@ from models.runtime.frames import IntentRule
 from models.runtime.local import LocalTier
 from models.runtime.tier import Chat, Completion, JsonForm, Limits, Prompt, SkillQuery, Tier, Token, Tool
 from models.skills import Frame, frame_schema, slots_from_tags, split_words
+from tests.shard_rigs import in_process, linked
 from tests.tiny_models import SHAPE, SKILLS, quiet, random_head, random_tensors, write_adapter, write_gguf
 
 UTTERANCES = ("switch it", "the lamp, please", "Play that Song by Zoë", "heu", "a b c d e f g")
@@ -92,13 +93,26 @@ def sealed(edge_path: Path) -> LocalTier:
     return LocalTier.open(path, "edge", threads=1, keys=keys, signer=public_key_of(signing_key))
 
 
-@pytest.fixture(params=["edge", "drafted"])
+@pytest.fixture(scope="module")
+def pipeline(edge_path: Path) -> LocalTier:
+    """The edge tier in shards that call each other."""
+    return in_process(edge_path, range(SHAPE.n_layers + 1))
+
+
+@pytest.fixture(scope="module")
+def linked_tier(edge_path: Path) -> Iterator[LocalTier]:
+    """The edge tier in shards that talk gRPC."""
+    with linked(edge_path, range(SHAPE.n_layers + 1)) as rig:
+        yield rig.tier
+
+
+@pytest.fixture(params=["edge", "drafted", "pipeline", "linked_tier"])
 def writer(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture(params=["edge", "drafted", "device", "sealed"])
+@pytest.fixture(params=["edge", "drafted", "device", "sealed", "pipeline", "linked_tier"])
 def tier(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found

@@ -17,8 +17,9 @@ from models.build.assemble import build
 from models.build.gguf_source import GgufSource
 from models.build.pack import PackedModel, pack
 from models.build.quantise import by_columns
-from models.runtime import local
-from models.runtime.engine import LONG, Decoder, Embeddings
+from models.runtime import sessions
+from models.runtime.engine import Decoder, Embeddings
+from models.runtime.layers import LONG
 from models.runtime.local import LocalTier
 from models.runtime.providers import int8_products_are_exact
 from models.runtime.sessions import EngineOptions, load
@@ -118,7 +119,7 @@ def test_an_artifact_with_a_second_copy(path: Path, tmp_path: Path, monkeypatch:
     assert prefill_file(0) not in part.files
     asked = SkillQuery(built.manifest.skills.skills[0].name, "one two three") if built.manifest.skills else None
     with_copy = LocalTier.open(tmp_path / "out", "edge", threads=1)
-    monkeypatch.setattr(local, "int8_products_are_exact", lambda: False)
+    monkeypatch.setattr(sessions, "int8_products_are_exact", lambda: False)
     without = LocalTier.open(tmp_path / "out", "edge", threads=1)
     for tier in (with_copy, without):
         text = "".join(token.text for token in tier.generate(Completion("a" * (LONG + 4)), Limits(max_tokens=4)))
@@ -152,7 +153,7 @@ def test_exact_drafts_do_without_the_copy(packed: PackedModel) -> None:
     long = [part.without_adapter() for part in load(packed.segments(FRAMES, prefill=True), OPTIONS, rests=True)]
     options = replace(OPTIONS, exact_drafts=True)
     decoder = Decoder(packed.shape, packed.segments(PLAIN), embeddings(packed), options, long=long)
-    assert not decoder.has_long
+    assert not decoder.layers.has_long
     with decoder.sequence() as sequence:
         wanted = [sequence.logits(ids).copy() for ids in (IDS, IDS[:1], IDS[1:2])]
     with decoder.sequence() as sequence:

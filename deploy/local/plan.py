@@ -113,15 +113,18 @@ def _words(name: str, fprocess: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def here(value: str, site: Site) -> str:
+    """A folder of the image becomes this machine's; anything else stays."""
+    return str(site.folders.get(value, value))
+
+
 def _local(value: str, ports: Mapping[str, int], gateway_port: int, site: Site) -> str:
     """A folder of the image or peers behind the cluster's gateway become those on this machine."""
-    if value in site.folders:
-        return str(site.folders[value])
 
-    def here(found: re.Match[str]) -> str:
+    def peer(found: re.Match[str]) -> str:
         name = found["name"]
         return (
             f"http://127.0.0.1:{ports[name]}" if name in ports else f"http://127.0.0.1:{gateway_port}/function/{name}"
         )
 
-    return _PEER.sub(here, value)
+    return _PEER.sub(peer, here(value, site))

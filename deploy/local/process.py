@@ -34,6 +34,15 @@ def listen(port: int = 0) -> socket.socket:
     return listener
 
 
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody listens on, for processes that bind them themselves."""
+    listeners = [listen() for _ in range(count)]
+    ports = [int(listener.getsockname()[1]) for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
 class Process:
     """A child in a process group of its own, tied to this process's life."""
 

@@ -78,6 +78,19 @@ FEDERATION_KEYS = (
     "FEDERATION_RETENTION_S",
     "FEDERATION_DEFERRED_LIMIT",
 )
+SHARD_KEYS = (
+    "SHARD_LAYERS",
+    "SHARD_NEXT",
+    "SHARD_LISTEN",
+    "SHARD_STATES",
+    "SHARD_SPIN",
+    "SHARD_KV_MB",
+    "SHARD_IDLE_MS",
+    "SHARD_TLS_CERT",
+    "SHARD_TLS_KEY",
+    "SHARD_TLS_CA",
+    "SHARD_PEERS",
+)
 # Read by other parts of the bundle that run in the same environment.
 FOREIGN_KEYS = (
     "DEVICE_KEY_FILE",
@@ -95,7 +108,7 @@ FOREIGN_KEYS = (
 _OURS = re.compile(
     r"^(API_KEY|CACHE_|CA_FILE|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LINGER_"
     r"|LOOKUP_|MAX_BODY|MAX_INFLIGHT|MESSAGES_|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT"
-    r"|RULES_|SHARD_ID|SLOWDOWN|THREADS|TIER_)"
+    r"|RULES_|SHARD_|SLOWDOWN|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
@@ -113,7 +126,18 @@ class Environment:
 
     def check_names(self) -> None:
         """Raise `ConfigError` for a key that looks like ours and is not."""
-        known = {*COMMON_KEYS, *TIER_KEYS, *DISPATCHER_KEYS, *CALLER_KEYS, *FEDERATION_KEYS, *POWER_KEYS, *FOREIGN_KEYS}
+        known = frozenset().union(
+            *(
+                COMMON_KEYS,
+                TIER_KEYS,
+                DISPATCHER_KEYS,
+                CALLER_KEYS,
+                FEDERATION_KEYS,
+                POWER_KEYS,
+                SHARD_KEYS,
+                FOREIGN_KEYS,
+            )
+        )
         for key in sorted(self.values):
             if key not in known and _OURS.match(key) and not _SERVICE_LINK.match(key):
                 raise ConfigError(f"{key} is not a setting of edgecascade; known are {', '.join(sorted(known))}")

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from functions.serving.ask import CHAT, Ask, Call, Clocked, Message, Shape
 from functions.serving.calls import CallReader
-from functions.serving.errors import BrokenOffError, ClientLeftError, RefusedError, from_prompt_error
+from functions.serving.errors import BrokenOffError, ClientLeftError, OverloadedError, RefusedError, from_prompt_error
 from functions.serving.events import Draft, End, Event, Joules, Logprob, Piece, Report, Start, Timing, Usage
-from models.errors import AbandonedError, PromptError
+from models.errors import AbandonedError, PromptError, ShardsLostError
 from models.runtime.confidence import Confidence
 from models.runtime.tier import Chat, Completion, Limits, Prompt, SkillQuery, Tier, TierCard, Token
 
+_RETRY_AFTER_S = 1
 # What closes a frame whose decode was cut short.
 _FRAME_ENDS = ("}}", "}")
 
@@ -83,6 +84,8 @@ class Answerer:
             raise from_prompt_error(error, ask.field(error.field)) from error
         except AbandonedError as error:
             raise ClientLeftError from error
+        except ShardsLostError as error:
+            raise OverloadedError(503, str(error), code="shards_lost", retry_after_s=_RETRY_AFTER_S) from error
 
     def _ending(self, ask: Ask, clocked: Clocked, decode: _Decode, prompt: Prompt) -> Iterator[Event]:
         frame = None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flask import Flask
 
 from functions.serving.answering import add_routes
 from functions.serving.ask import Ask, Clocked
 from functions.serving.events import Events
-from functions.serving.lifecycle import Loading
+from functions.serving.lifecycle import Drain, Loading
 from functions.serving.replies import ModelEntry, ModelFacts
 from functions.serving.settings import KeySettings, TierConfig
 from functions.serving.signals import drain_on_sigterm
@@ -21,19 +22,27 @@ from functions.serving.web import EXTENSION, Site, create_base
 from models.runtime.local import LocalTier
 from models.runtime.tier import Tier
 
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
+
 Load = Callable[[TierConfig], Tier]
+
+
+def read_keys(settings: KeySettings) -> tuple[KeyWrapper | None, bytes | None]:
+    """The key of a sealed artifact and whose signature it must bear, as far as they are set; raises `ConfigError`."""
+    if settings == KeySettings():
+        return None, None
+    # Only now: cryptography takes 9 MB, which a tier without keys spares.
+    from functions.serving.keys import forbid_core_dumps, open_keys
+
+    keys = open_keys(settings)
+    forbid_core_dumps()
+    return keys.wrapper, keys.signer
 
 
 def local_loader(settings: KeySettings) -> Load:
     """Read the keys now, so that a bad one stops the start; return what loads the artifact into this process."""
-    wrapper, signer = None, None
-    if settings != KeySettings():
-        # Only now: cryptography takes 9 MB, which a tier without keys spares.
-        from functions.serving.keys import forbid_core_dumps, open_keys
-
-        keys = open_keys(settings)
-        wrapper, signer = keys.wrapper, keys.signer
-        forbid_core_dumps()
+    wrapper, signer = read_keys(settings)
 
     def load(config: TierConfig) -> Tier:
         return LocalTier.open(
@@ -61,10 +70,15 @@ def create_tier_server(name: str, load: Load | None = None) -> Flask:
     return app
 
 
-def create_tier_app(config: TierConfig, load: Load | None = None) -> Flask:
-    """Wire the app and begin to load the tier; until it is there, answers are 503 with Retry-After."""
+def create_tier_app(config: TierConfig, load: Load | None = None, drain: Drain | None = None) -> Flask:
+    """Wire the app and begin to load the tier; until it is there, answers are 503 with Retry-After.
+
+    `drain` may know of further reasons why no requests are taken.
+    """
     load = load or local_loader(config.keys)
     site = Site.create(config.name, config.common)
+    if drain is not None:
+        site = replace(site, drain=drain)
 
     def open_tier() -> Answerer:
         return Answerer.of(load(config), config.common.node_id)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 BLOCK = 32
@@ -106,6 +106,11 @@ class Span:
     def layers(self) -> range:
         """The layers of this span."""
         return range(self.first, self.stop)
+
+    def within(self, layers: range) -> Span | None:
+        """What of it lies among some layers, None if nothing does."""
+        first, stop = max(self.first, layers.start), min(self.stop, layers.stop)
+        return replace(self, first=first, stop=stop, head=self.head and stop == self.stop) if first < stop else None
 
 
 def spans(n_layers: int, exits: Sequence[int], lm_head: bool) -> list[Span]:

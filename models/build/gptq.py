@@ -17,7 +17,7 @@ from models.artifact.shape import LlamaShape
 from models.build.quantise import Array, Floats, Scheme, block_for, dequantise, pack_codes
 from models.build.source import TensorSource
 from models.runtime.chat import ChatTemplate
-from models.runtime.engine import rotary_tables
+from models.runtime.layers import rotary_tables
 
 SHARES = tuple(float(share) for share in np.linspace(1.0, 0.6, 17))
 """Scales tried for a block, as shares of the one that just holds its largest weight."""

@@ -17,7 +17,8 @@ from models.artifact.shape import LlamaShape
 from models.build.graph import FAST_ACTIVATIONS, decoder_graph, head_graph
 from models.build.quantise import Array
 from models.build.source import Floats
-from models.runtime.engine import Embeddings, rotary_tables
+from models.runtime.engine import Embeddings
+from models.runtime.layers import rotary_tables
 
 ROWS_AT_ONCE = 32
 """Positions whose logits are made together."""

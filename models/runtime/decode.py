@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from models.runtime.tier import Limits, Token
 
 Detokenise = Callable[[Sequence[int]], str]
 Step = Callable[[Sequence[int]], NDArray[np.float32]]
+Choose = Callable[[Sequence[int], "Guide", Limits, np.random.Generator], Pick]
+"""Reads ids that the model has not read yet and picks what follows, among what the guide allows."""
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -104,6 +106,14 @@ class Guide(Protocol):
         """How many of the first of `ids` may come next, one after the other; nothing is taken."""
 
 
+@runtime_checkable
+class Chooses(Protocol):
+    """A token sequence that picks where its logits are, which it does not show."""
+
+    def choose(self, new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
+        """Read ids and pick what follows."""
+
+
 class Free:
     """A guide that lets the model say anything."""
 
@@ -141,9 +151,20 @@ def decode(
     `step` takes the ids that the model has not read yet and returns logits (V,) for the next; `room` is how many
     tokens the context still holds after the prompt. Close the iterator to cancel.
     """
+
+    def choose(new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
+        return pick(guide.masked(step(new)), limits, rng)
+
+    return decode_by(choose, prompt, vocabulary, limits, room, guide)
+
+
+def decode_by(
+    choose: Choose, prompt: Sequence[int], vocabulary: Vocabulary, limits: Limits, room: int, guide: Guide = FREE
+) -> Iterator[Token]:
+    """Like `decode`, for whoever picks tokens where the logits are."""
     stream, stops = TextStream(vocabulary.detokenise), StopFilter(limits.stop)
     budget = min(limits.max_tokens, room)
-    for count, (chosen, last) in enumerate(islice(_picks(step, prompt, limits, guide), budget), 1):
+    for count, (chosen, last) in enumerate(islice(_picks(choose, prompt, limits, guide), budget), 1):
         ended = chosen.id in vocabulary.eos_ids
         text, stopped = stops.push("" if ended else stream.push(chosen.id))
         finish = "stop" if ended or stopped or last else "length" if count == budget else None
@@ -156,7 +177,7 @@ def decode(
             return
 
 
-def _picks(step: Step, prompt: Sequence[int], limits: Limits, guide: Guide) -> Iterator[tuple[Pick, bool]]:
+def _picks(choose: Choose, prompt: Sequence[int], limits: Limits, guide: Guide) -> Iterator[tuple[Pick, bool]]:
     """Yield picks without end, each with whether the guide lets nothing follow it.
 
     Forced ones cost no step: they wait, and the next step reads them together.
@@ -168,7 +189,7 @@ def _picks(step: Step, prompt: Sequence[int], limits: Limits, guide: Guide) -> I
         for count, token_id in enumerate(forced, 1):
             yield _forced_pick(token_id, limits), guide.complete and count == len(forced)
         new += forced
-        chosen = pick(guide.masked(step(new)), limits, rng)
+        chosen = choose(new, guide, limits, rng)
         guide.take(chosen.id)
         new = [chosen.id]
         yield chosen, guide.complete

@@ -14,18 +14,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from models.artifact.manifest import EXPORTED, Manifest
-from models.artifact.names import FRAMES, PLAIN, graph_file
+from models.artifact.names import FRAMES, PLAIN
 from models.artifact.store import Artifact
-from models.errors import ArtifactError, PromptError, PromptTooLongError
+from models.errors import PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
-from models.runtime.decode import Guide, Vocabulary, decode
+from models.runtime.decode import Chooses, Guide, Vocabulary, decode, decode_by
 from models.runtime.drafts import AnswerDraft, PromptLookup, ReadAhead
-from models.runtime.engine import Decoder, Embeddings, Floats, TextEngine, TokenSequence
+from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TokenSequence
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixStats
-from models.runtime.providers import CPU, int8_products_are_exact
-from models.runtime.sessions import EngineOptions, Loaded, load, segments
+from models.runtime.providers import CPU
+from models.runtime.sessions import EngineOptions, parts_of
 from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
@@ -41,7 +41,7 @@ class SkillReader:
     """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`."""
 
     def __init__(
-        self, artifact: Artifact, decoder: Decoder, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float
+        self, artifact: Artifact, decoder: SkillEngine, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float
     ) -> None:
         self.skills = skills
         self._decoder, self._tokenizer, self._exit_threshold = decoder, tokenizer, exit_threshold
@@ -88,7 +88,7 @@ class SkillReader:
             intents = self._rows(skill) @ sequence.hidden(prompt.ids)[-1]
             return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
 
-    def _intent(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
+    def _intent(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
         rule = self._rules[skill.name]
 
         def choose(state: Floats) -> frames.Choice:
@@ -102,7 +102,7 @@ class SkillReader:
     def _rows(self, skill: Skill) -> Floats:
         return self._labels[self.skills.intent_rows(skill.name)]
 
-    def _tag_logits(self, sequence: TokenSequence, skill: Skill, prompt: SkillPrompt) -> Floats:
+    def _tag_logits(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt) -> Floats:
         states = sequence.hidden(prompt.echo)[list(prompt.word_ends)]
         return np.asarray(states @ self._labels[self.skills.tag_rows(skill.name)].T)
 
@@ -164,6 +164,9 @@ class TextWriter:
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
             room = sequence.room - len(ids)
             draft = self._tokenizer.encode(limits.draft, add_special_tokens=False).ids if limits.draft else []
+            if isinstance(sequence, Chooses):
+                yield from decode_by(sequence.choose, ids, self._vocabulary, limits, room, guide)
+                return
             if not (draft or self._lookup_tokens) or not isinstance(sequence, TokenSequence) or not sequence.verifies:
                 yield from decode(sequence.logits, ids, self._vocabulary, limits, room, guide)
                 return
@@ -232,21 +235,16 @@ class LocalTier:
         context = min(context, m.architecture.context)
         if m.graph == EXPORTED:
             exported = ExportedDecoder.open(artifact, options)
-            return cls(_card(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
+            return cls(card_of(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
-        many = _for_many_tokens(artifact, options)
-        bare = [part.without_adapter() for part in many]
         decoders = {}
-        for v in _variants(artifact):
-            if m.lm_head and v == PLAIN:
-                parts = segments(artifact, v)
-                decoders[v] = Decoder(m.architecture, parts, embeddings, writing, turns, long=bare)
-            else:  # who writes no text reads many tokens at once
-                decoders[v] = Decoder(m.architecture, many or segments(artifact, v), embeddings, options, turns)
+        for variant, parts in parts_of(artifact, options):
+            own = writing if m.lm_head and variant == PLAIN else options
+            decoders[variant] = Decoder(m.architecture, parts.segments, embeddings, own, turns, long=parts.long)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
-        card = _card(name, m, context, next(iter(decoders.values())).provider)
+        card = card_of(name, m, context, next(iter(decoders.values())).provider)
         return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN), writer))
 
     @property
@@ -289,21 +287,6 @@ class LocalTier:
         return self._writer
 
 
-def _variants(artifact: Artifact) -> list[str]:
-    found = [variant for variant in (PLAIN, FRAMES) if artifact.has(graph_file(variant, 0))]
-    if not found or (artifact.manifest.lm_head and PLAIN not in found):
-        raise ArtifactError(f"{artifact.path} has no graph to run; build the artifact again")
-    return found
-
-
-def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]:
-    """The sessions for passes over many tokens, if they were built and this processor is exact with them."""
-    variant = _variants(artifact)[-1]
-    if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
-        return []
-    return load(segments(artifact, variant, prefill=True), options, rests=True)
-
-
 def _stats(turns: Turns, writing: Decoder | None, writer: TextWriter | None) -> TierStats:
     drafts, lookups = (writer.drafts, writer.lookups) if writer else (DraftUse(), DraftUse())
     prefix = writing.prefixes.stats if writing and writing.prefixes else PrefixStats()
@@ -321,7 +304,8 @@ def _stats(turns: Turns, writing: Decoder | None, writer: TextWriter | None) -> 
     )
 
 
-def _card(name: str, manifest: Manifest, context: int, provider: str) -> TierCard:
+def card_of(name: str, manifest: Manifest, context: int, provider: str) -> TierCard:
+    """What a tier with this manifest says of itself."""
     return TierCard(
         name=name,
         model_id=manifest.model_id,

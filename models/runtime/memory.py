@@ -20,11 +20,13 @@ class KeyValueMemory:
 
     As one array, large allocations lie in huge pages where the system lends them (numpy asks for them), and a prefix
     is copied in one statement. One row more than there is room for takes what a sequence writes that sits out a pass.
-    `version` counts the arrays: what points into an older one must be made anew. Not for two threads at once.
+    `layers` are those it serves, by default all; `version` counts the arrays: what points into an older one must be
+    made anew. Not for two threads at once.
     """
 
-    def __init__(self, shape: LlamaShape, max_slots: int, max_room: int) -> None:
+    def __init__(self, shape: LlamaShape, max_slots: int, max_room: int, layers: range | None = None) -> None:
         self._shape, self._max_slots, self._max_room = shape, max_slots, max_room
+        self._layers = layers or range(shape.n_layers)
         self.slots = self.room = 0
         self.version = 0
         self._values = self._empty(0, 0)
@@ -48,7 +50,7 @@ class KeyValueMemory:
 
     def layer(self, layer: int, slots: range) -> tuple[Floats, Floats]:
         """Keys and values of one layer (S, H, R, D), contiguous views."""
-        keys, values = self._values[layer, :, slots.start : slots.stop]
+        keys, values = self._values[self._layers.index(layer), :, slots.start : slots.stop]
         return keys, values
 
     def read(self, slot: int, positions: range) -> Floats:
@@ -61,4 +63,4 @@ class KeyValueMemory:
 
     def _empty(self, slots: int, room: int) -> Floats:
         s = self._shape
-        return np.zeros((s.n_layers, 2, slots, s.n_kv_heads, room + 1, s.head_dim), np.float32)
+        return np.zeros((len(self._layers), 2, slots, s.n_kv_heads, room + 1, s.head_dim), np.float32)

@@ -25,7 +25,7 @@ from models.artifact.names import (
 )
 from models.artifact.store import Artifact
 from models.errors import ArtifactError
-from models.runtime.providers import CPU, usable
+from models.runtime.providers import CPU, int8_products_are_exact, usable
 from models.runtime.slowed import SlowedSession
 
 Array = NDArray[Any]
@@ -35,7 +35,9 @@ SPIN_US = 1000
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`spin` lets idle threads wait busily: faster, but it costs power; `sequences` may be open at the same time.
+    """`spin` lets idle threads wait busily: faster, but it costs power; one that `rests` does so within a pass only.
+
+    `sequences` may be open at the same time.
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
@@ -54,6 +56,7 @@ class EngineOptions:
     providers: Sequence[str] = (CPU,)
     exact_drafts: bool = False
     slowdown: float = 1.0
+    rests: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,20 @@ class Segment:
 
 
 def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
-    """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens."""
+    """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens.
+
+    Where the artifact is open for some layers only, segments are those of these layers, graphs cut to fit.
+    """
     m = artifact.manifest
-    for number, span in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
+    for number, whole in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
+        span = whole.within(artifact.layers)
+        if span is None:
+            continue
+        graph = artifact.read(graph_file(variant, number, prefill=prefill))
+        if span.layers != whole.layers:
+            from models.runtime.cut import cut  # shards only have onnx
+
+            graph = cut(graph, whole, span.layers)
         adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
         weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
         if prefill:
@@ -88,7 +102,15 @@ def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iter
             top = artifact.tensors(HEAD)
             weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
         make = Segment.for_many_tokens if prefill else Segment
-        yield make(span, artifact.read(graph_file(variant, number, prefill=prefill)), weights)
+        yield make(span, graph, weights)
+
+
+def variants(artifact: Artifact) -> list[str]:
+    """The graph variants that the artifact has; raises `ArtifactError` if what it must have is not among them."""
+    found = [variant for variant in (PLAIN, FRAMES) if artifact.has(graph_file(variant, 0))]
+    if not found or (artifact.manifest.lm_head and PLAIN not in found):
+        raise ArtifactError(f"{artifact.path} has no graph to run; build the artifact again")
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,6 +138,33 @@ def load(parts: Iterable[Segment], options: EngineOptions, *, rests: bool = Fals
     return [Loaded(part.span, _session(part, options, rests=rests), part.given) for part in parts]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What one variant runs: segments, and those for passes over many tokens, where there are such."""
+
+    segments: Iterable[Segment | Loaded]
+    long: Sequence[Loaded] = ()
+
+
+def parts_of(artifact: Artifact, options: EngineOptions) -> Iterator[tuple[str, Parts]]:
+    """Each variant with its parts, which are loaded one variant after the other."""
+    many = _for_many_tokens(artifact, options)
+    bare = [part.without_adapter() for part in many]
+    for variant in variants(artifact):
+        if artifact.manifest.lm_head and variant == PLAIN:
+            yield variant, Parts(segments(artifact, variant), bare)
+        else:  # who writes no text reads many tokens at once
+            yield variant, Parts(many or segments(artifact, variant))
+
+
+def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]:
+    """The sessions for passes over many tokens, if they were built and this processor is exact with them."""
+    variant = variants(artifact)[-1]
+    if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
+        return []
+    return load(segments(artifact, variant, prefill=True), options, rests=True)
+
+
 def open_session(
     graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str, *, rests: bool = False
 ) -> ort.InferenceSession:
@@ -128,7 +177,7 @@ def open_session(
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests else "0")
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if rests or options.rests else "0")
     # Weights come from memory alone: a graph that names a file of weights is refused.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]

@@ -1,0 +1,386 @@
+"""A tier whose layers are spread over shards: the head embeds and runs the first, the last picks the tokens.
+
+The head opens one session per request on the next shard, that one on its own next, and so on; states go down this
+chain and answers come back up. When a link dies, whoever held its near end opens another to a replica of that range
+and sends again what it sent before, in the same pieces, so that every pass is the same as it was, and so are its bits.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from models.artifact.names import FRAMES, PLAIN
+from models.artifact.shape import LlamaShape
+from models.artifact.store import Artifact
+from models.errors import ArtifactError, LinkLostError, ShardsLostError
+from models.runtime.decode import FREE, Guide
+from models.runtime.engine import Embeddings, check_room, chunks
+from models.runtime.layers import LONG, Floats
+from models.runtime.links import (
+    Answer,
+    Choice,
+    Link,
+    LinkSession,
+    Opening,
+    Piece,
+    Want,
+    allowed_bits,
+    masked,
+)
+from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of
+from models.runtime.sampling import Pick, pick
+from models.runtime.sessions import EngineOptions
+from models.runtime.stage import Lane, Stage, StageSession
+from models.runtime.tier import Limits, TierStats
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
+
+Clock = Callable[[], float]
+_LEFT_ALONE_S = 1.0
+"""How long a replica that was lost is asked last."""
+
+
+_PLACE_S = 0.4
+"""How long a session waits for a place at a shard: those before it may be about to leave."""
+
+
+# ---- replicas: which one, and what happens when it is lost ----
+
+
+@dataclass(frozen=True)
+class ReplicaStats:
+    """Since the start: how often a session lost a shard, went on elsewhere, left a shard that stops, ended for good."""
+
+    lost: int = 0
+    resumed: int = 0
+    moved: int = 0
+    ended: int = 0
+
+
+class Replicas:
+    """The shards that serve the next range; `links` are read anew for each session, since they come and go."""
+
+    def __init__(self, links: Callable[[], Sequence[Link]], clock: Clock = time.monotonic) -> None:
+        self._links, self._clock = links, clock
+        self._lock = threading.Lock()
+        self._failed: dict[str, float] = {}
+        self._turn = 0
+        self.stats = ReplicaStats()
+
+    @property
+    def name(self) -> str:
+        """All of them."""
+        return ", ".join(link.name for link in self._links()) or "nobody"
+
+    def open(self, opening: Opening) -> ReplayedSession:
+        """Begin a session that survives the loss of a replica; nothing is asked yet."""
+        return ReplayedSession(self, opening)
+
+    def in_order(self) -> list[Link]:
+        """All replicas in turn, those lost a moment ago last."""
+        links = list(self._links())
+        with self._lock:
+            self._turn += 1
+            turn, now = self._turn, self._clock()
+            rotated = [links[(turn + n) % len(links)] for n in range(len(links))]
+            return sorted(rotated, key=lambda link: now - self._failed.get(link.name, -math.inf) < _LEFT_ALONE_S)
+
+    def failed(self, link: Link) -> None:
+        """Note that a replica was lost."""
+        with self._lock:
+            self._failed[link.name] = self._clock()
+
+    def count(self, *, lost: int = 0, resumed: int = 0, moved: int = 0, ended: int = 0) -> None:
+        """Add to the stats."""
+        with self._lock:
+            s = self.stats
+            self.stats = ReplicaStats(s.lost + lost, s.resumed + resumed, s.moved + moved, s.ended + ended)
+
+
+class ReplayedSession:
+    """A session that keeps what it sent, and sends it again to another replica when the one it uses is lost.
+
+    Each replica is tried once between two answers; `ShardsLostError` when none is left.
+    """
+
+    leaving = False
+
+    def __init__(self, replicas: Replicas, opening: Opening) -> None:
+        self._replicas, self._opening = replicas, opening
+        self._sent: list[Piece] = []
+        self._tried: set[str] = set()
+        self._link: Link | None = None
+        self._session: LinkSession | None = None
+        self._reason, self._stays = "there is none", False
+
+    def send(self, piece: Piece) -> None:
+        """Hand on a piece; raises `ShardsLostError`."""
+        self._sent.append(piece)
+        if self._session is None:
+            self._connect()
+            return
+        with self._surviving() as session:
+            session.send(piece)
+
+    def receive(self) -> Answer:
+        """The answer to the last piece; raises `ShardsLostError`."""
+        while True:
+            with self._surviving() as session:
+                answer = session.receive()
+                break
+        self._sent[-1] = replace(self._sent[-1], again=True)
+        self._tried.clear()
+        if session.leaving and not self._stays:
+            self._move()
+        return answer
+
+    def close(self) -> None:
+        """Let go."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    @contextmanager
+    def _surviving(self) -> Iterator[LinkSession]:
+        """Lend the session; if it is lost meanwhile, connect anew (what was sent is then sent again)."""
+        assert self._session is not None  # noqa: S101  # made by the first `send`
+        try:
+            yield self._session
+        except LinkLostError as error:
+            self._lost(error)
+            self._connect()
+            self._replicas.count(resumed=1)
+
+    def _lost(self, error: LinkLostError) -> None:
+        if self._link is not None:
+            self._replicas.failed(self._link)
+            self._tried.add(self._link.name)
+        self._reason = str(error)
+        self._replicas.count(lost=1)
+        self.close()
+
+    def _connect(self) -> None:
+        """Open a session on the first replica that takes one and send it everything; raises `ShardsLostError`."""
+        for link in self._replicas.in_order():
+            if link.name in self._tried:
+                continue
+            try:
+                self._link, self._session = link, self._opened(link)
+            except LinkLostError as error:
+                self._replicas.failed(link)
+                self._tried.add(link.name)
+                self._reason = str(error)
+            else:
+                self._stays = False
+                return
+        self._replicas.count(ended=1)
+        raise ShardsLostError(
+            f"no shard that comes next is left ({self._replicas.name}); the last reason: {self._reason}"
+        )
+
+    def _opened(self, link: Link) -> LinkSession:
+        session = link.open(self._opening)
+        try:
+            for piece in self._sent:
+                session.send(piece)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _move(self) -> None:
+        """Leave a shard that is about to stop, if another takes the session; else stay for as long as it lasts."""
+        others = [link for link in self._replicas.in_order() if link is not self._link]
+        for link in others:
+            with suppress(LinkLostError):
+                fresh = self._opened(link)
+                self.close()
+                self._link, self._session = link, fresh
+                self._replicas.count(moved=1)
+                return
+        self._stays = True
+
+
+# ---- a shard that is no head ----
+
+
+class Relay:
+    """One session at a shard: its layers read each piece, and the next shard, if there is one, what they make of it."""
+
+    def __init__(self, here: StageSession, beyond: LinkSession | None) -> None:
+        self._here, self._beyond = here, beyond
+
+    def take(self, piece: Piece) -> Answer | None:
+        """Read a piece; returns the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
+        states = self._here.read(piece.states, piece.want)
+        if self._beyond is not None:
+            self._beyond.send(replace(piece, states=states))
+            return self._beyond.receive() if piece.answered else None
+        if not piece.answered:
+            return None
+        return picked(states, piece.choice) if piece.want is Want.TOKEN else states
+
+
+def picked(logits: Floats, choice: Choice) -> Pick:
+    """Pick after logits (1, V) as the head says."""
+    return pick(masked(logits[0], choice.allowed), choice.limits, choice)
+
+
+@contextmanager
+def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[Relay]:
+    """Open a session at a shard; raises `ArtifactError` for a variant it lacks, `LinkLostError` if it is full."""
+    lane = stage.lanes.get(opening.variant)
+    if lane is None:
+        raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
+    with lane.session(opening.expires, _PLACE_S) as here:
+        further = beyond.open(opening) if beyond is not None else None
+        try:
+            yield Relay(here, further)
+        finally:
+            if further is not None:
+                further.close()
+
+
+# ---- the head ----
+
+
+class PipelineDecoder:
+    """The head of one variant: what `SkillReader` and `TextWriter` need of a model."""
+
+    def __init__(self, lane: Lane, embeddings: Embeddings, variant: str, beyond: Replicas) -> None:
+        self.shape: LlamaShape = lane.shape
+        self.context, self.embeddings = lane.layers.context, embeddings
+        self._lane, self._variant, self._beyond = lane, variant, beyond
+
+    @contextmanager
+    def sequence(
+        self, deadline: float = math.inf, gone: Callable[[], bool] | None = None
+    ) -> Iterator[PipelineSequence]:
+        """Lend an empty sequence through all shards; waits while all are in use."""
+        with relay_head(self._lane, self._beyond, Opening(self._variant, deadline)) as (here, further):
+            yield PipelineSequence(self, here, further, gone)
+
+    @property
+    def has_long(self) -> bool:
+        """Whether passes over many tokens have segments of their own."""
+        return self._lane.layers.has_long
+
+
+@contextmanager
+def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, LinkSession]]:
+    """Open a session at the head and beyond."""
+    with lane.session(opening.expires) as here:
+        further = beyond.open(opening)
+        try:
+            yield here, further
+        finally:
+            further.close()
+
+
+class PipelineSequence:
+    """One growing token sequence through all shards. Not for two threads at once."""
+
+    def __init__(
+        self,
+        decoder: PipelineDecoder,
+        here: StageSession,
+        further: LinkSession,
+        gone: Callable[[], bool] | None,
+    ) -> None:
+        self._decoder, self._here, self._further, self._gone = decoder, here, further, gone
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self._here.room
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Nobody here has them: `choose` is what is offered."""
+        raise NotImplementedError
+
+    def choose(self, new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
+        """Read ids and let the last shard pick what follows; raises `ShardsLostError`, `PromptTooLongError`."""
+        check_room(new, self._decoder.context, self.room)
+        bits = b"" if guide is FREE else self._allowed(guide)
+        drawn = rng.random() if limits.temperature > 0 else 0.0
+        choice = Choice(limits.temperature, limits.top_p, limits.top_logprobs, drawn, bits)
+        left = list(new)
+        if self._decoder.has_long and len(left) >= LONG:  # what reads many tokens has no head
+            self._hand_on(left[:-1], Want.NOTHING)
+            left = left[-1:]
+        *before, last = chunks(left, self._gone)
+        for chunk in before:
+            self._send(chunk, Want.NOTHING)
+        self._send(last, Want.TOKEN, choice)
+        answer = self._further.receive()
+        if not isinstance(answer, Pick):
+            raise ShardsLostError("the last shard answered with states where a token was asked for")
+        return answer
+
+    def hidden(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return the model's normalised states (T, C) at each of them."""
+        check_room(ids, self._decoder.context, self.room)
+        found = []
+        for chunk in chunks(ids, self._gone):
+            self._send(chunk, Want.STATES)
+            found.append(self._further.receive())
+        if not all(isinstance(states, np.ndarray) for states in found):
+            raise ShardsLostError("the last shard answered with a token where states were asked for")
+        return np.concatenate([np.asarray(states, np.float32) for states in found])
+
+    def hidden_early(self, ids: Sequence[int], _enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
+        """The last state of `hidden`, and the number of all layers: no shard is left out."""
+        return self.hidden(ids)[-1], self._decoder.shape.n_layers
+
+    def _allowed(self, guide: Guide) -> bytes:
+        return allowed_bits(guide.masked(np.zeros(self._decoder.shape.vocab_size, np.float32)) == 0)
+
+    def _hand_on(self, ids: Sequence[int], want: Want) -> None:
+        for chunk in chunks(ids, self._gone):
+            self._send(chunk, want)
+
+    def _send(self, ids: Sequence[int], want: Want, choice: Choice | None = None) -> None:
+        states = self._here.read(self._decoder.embeddings.rows(ids), want)
+        self._further.send(Piece(states, want, choice or Choice()))
+
+
+def open_head(
+    path: Path,
+    name: str,
+    stop: int,
+    beyond: Replicas,
+    options: EngineOptions,
+    *,
+    keys: KeyWrapper | None = None,
+    signer: bytes | None = None,
+) -> LocalTier:
+    """Load the layers before `stop` and what a head needs; raises what `Artifact.open` raises.
+
+    The tier answers like one that holds the whole model, and raises `ShardsLostError` once nobody serves the rest.
+    """
+    artifact = Artifact.open(path, range(stop), keys, signer).keeping()
+    stage, m = Stage.of(artifact, options), artifact.manifest
+    embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
+    tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
+    decoders = {v: PipelineDecoder(lane, embeddings, v, beyond) for v, lane in stage.lanes.items()}
+    beside = decoders.get(FRAMES) or decoders.get(PLAIN)
+    reader = SkillReader(artifact, beside, tokenizer, m.skills, NO_EXIT) if m.skills and beside else None
+    writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
+    context = min(options.context, m.architecture.context)
+    turns = next(iter(stage.lanes.values())).turns
+
+    def stats() -> TierStats:
+        return TierStats(passes=turns.stats.shared_runs, pass_tokens=turns.stats.shared_turns)
+
+    return LocalTier(card_of(name, m, context, stage.provider), reader, writer, stats)

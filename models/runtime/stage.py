@@ -1,0 +1,185 @@
+"""One shard's layers at work: sessions with keys and values of their own, states in, states or logits out.
+
+Steps of single tokens that wait at the same time become one pass, as in `models.runtime.engine`. B sequences, T new
+tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.artifact.manifest import EXPORTED, Manifest
+from models.artifact.shape import LlamaShape
+from models.artifact.store import Artifact
+from models.errors import ArtifactError, LinkLostError, PromptTooLongError
+from models.runtime.layers import Floats, Layers
+from models.runtime.links import Want
+from models.runtime.sessions import EngineOptions, parts_of
+from models.runtime.turns import Turns
+
+if TYPE_CHECKING:
+    from models.artifact.keys import KeyWrapper
+
+
+class Lane:
+    """One graph variant of a shard: its layers, and slots for sessions. Lanes share their `turns`."""
+
+    def __init__(self, shape: LlamaShape, layers: Layers, options: EngineOptions, turns: Turns) -> None:
+        self.shape, self.layers, self.turns = shape, layers, turns
+        self._sessions = [StageSession(self, slot) for slot in range(options.sequences)]
+        self._free = list(range(options.sequences))
+        self._places, self._lock = threading.BoundedSemaphore(options.sequences), threading.Lock()
+
+    @property
+    def open_sessions(self) -> int:
+        """How many are lent."""
+        return len(self._sessions) - len(self._free)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether these layers end the model."""
+        return self.layers.range.stop == self.shape.n_layers
+
+    @contextmanager
+    def session(self, deadline: float, wait_s: float | None = None) -> Iterator[StageSession]:
+        """Lend an empty session; waits while all are in use, but no longer than `wait_s`, then `LinkLostError`.
+
+        Passes of those with the earlier `deadline` go first.
+        """
+        if not self._places.acquire(timeout=wait_s):
+            raise LinkLostError(f"all of its {len(self._sessions)} sessions are in use")
+        with self._lock:
+            slot = heapq.heappop(self._free)
+        session = self._sessions[slot]
+        session.deadline, session.length = deadline, 0
+        try:
+            yield session
+        finally:
+            self.turns.leave(session)
+            with self._lock:
+                heapq.heappush(self._free, slot)
+            self._places.release()
+
+    def step(self, members: Sequence[StageSession]) -> None:
+        """Read each member's next state, in one pass over the slots from the first to the last of them.
+
+        A slot between them that sits out is computed too: what it writes lies behind its own tokens.
+        """
+        slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
+        stack = self.layers.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
+        x = np.zeros((len(slots), 1, self.shape.width), np.float32)
+        for member in members:
+            x[member.slot - slots.start] = member.next_states
+        found = stack.through(x, [self._sessions[slot].length for slot in slots])
+        results = found["logits"] if self.is_last else found["carried"]
+        for member in members:
+            member.stepped(results[member.slot - slots.start].copy())
+
+
+class StageSession:
+    """One request's tokens in a slot of a lane's memory. Not for two threads at once."""
+
+    def __init__(self, lane: Lane, slot: int) -> None:
+        self._lane, self.slot = lane, slot
+        self.deadline, self.length = 0.0, 0
+        self.next_states: Floats = np.zeros((1, 0), np.float32)
+        self._result = self.next_states
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self._lane.layers.context - self.length
+
+    def read(self, states: Floats, want: Want) -> Floats:
+        """Read states (T, C) and return what the layers make of them.
+
+        Of the last layers that is logits (1, V) after the last token if a token is wanted, normalised states (T, C)
+        otherwise; of others, states (T, C). Raises `PromptTooLongError` if they do not fit.
+        """
+        if not 0 < len(states) <= self.room:
+            raise PromptTooLongError(f"{len(states)} tokens do not fit: there is room for {self.room}", "messages")
+        lane = self._lane
+        if len(states) == 1 and self.length and want is Want.TOKEN and lane.layers.batches:
+            self.next_states = states
+            lane.turns.take(self, self.deadline, lane.step, shared=True)
+            return self._result
+        lane.turns.take(self, self.deadline, lambda _: self._read(states, want))
+        return self._result
+
+    def _read(self, states: Floats, want: Want) -> None:
+        layers, length = self._lane.layers, self.length + len(states)
+        head = want is Want.TOKEN
+        stack = layers.stack(range(self.slot, self.slot + 1), length, len(states), head=head)
+        found = stack.through(states[None], [length - 1])
+        self.length = length
+        name = "carried" if not self._lane.is_last else "logits" if head else "hidden"
+        self._result = found[name][0].copy()
+
+    def stepped(self, result: Floats) -> None:
+        """Take note that the next state was read."""
+        self.length += 1
+        self._result = result
+
+
+class Stage:
+    """Some layers of an artifact, loaded; `lanes` by graph variant."""
+
+    def __init__(self, manifest: Manifest, layers: range, lanes: Mapping[str, Lane]) -> None:
+        self.manifest, self.layers, self.lanes = manifest, layers, lanes
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        layers: range,
+        options: EngineOptions,
+        keys: KeyWrapper | None = None,
+        signer: bytes | None = None,
+    ) -> Stage:
+        """Load the files of these layers and no others; raises what `Artifact.open` raises."""
+        return cls.of(Artifact.open(path, layers, keys, signer).keeping(), options)
+
+    @classmethod
+    def of(cls, artifact: Artifact, options: EngineOptions) -> Stage:
+        """Load what the artifact is open for; raises `ArtifactError`."""
+        m = artifact.manifest
+        if m.graph == EXPORTED:
+            raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
+        turns = Turns()
+        lanes = {
+            variant: Lane(m.architecture, Layers(m.architecture, parts.segments, options, parts.long), options, turns)
+            for variant, parts in parts_of(artifact, options)
+        }
+        return cls(m, artifact.layers, lanes)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether these layers end the model."""
+        return self.layers.stop == self.manifest.architecture.n_layers
+
+    @property
+    def open_sessions(self) -> int:
+        """How many are lent."""
+        return sum(lane.open_sessions for lane in self.lanes.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes set aside for keys and values."""
+        return sum(lane.layers.memory.size_bytes for lane in self.lanes.values())
+
+    @property
+    def provider(self) -> str:
+        """Short name of the execution provider in use."""
+        return next(iter(self.lanes.values())).layers.provider
+
+
+def session_bytes(shape: LlamaShape, layers: range, context: int) -> int:
+    """Bytes of keys and values that one session may come to in one lane."""
+    return 4 * 2 * len(layers) * shape.n_kv_heads * shape.head_dim * (min(context, shape.context) + 1)
