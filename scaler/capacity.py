@@ -51,6 +51,9 @@ class Tuning:
 
 
 _TUNING = Tuning()
+_ROUNDING = 0.02
+"""Rates are rounded up, and service times to either side, so that searches can be remembered."""
+_STEP = math.log1p(_ROUNDING)
 _NEAR = 1.1
 """A floor that is nearer than this is an estimate not worth a cold start."""
 _START_HOLD_S, _START_CLEAR_S = 60.0, 15.0
@@ -71,7 +74,7 @@ class Capacity:
     _reviewed_s: float = field(init=False, default=-math.inf)
     _wanted: deque[tuple[float, int]] = field(init=False, default_factory=deque)
     _needed: dict[int, int] = field(init=False, default_factory=dict)
-    _needed_for: tuple[float, ...] = field(init=False, default=())
+    _needed_for: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
@@ -195,9 +198,9 @@ class Capacity:
         if rate * self.tuning.memory_s < 1:
             return 0
         service = self._load(1.0).service
-        if not self._needed_for or abs(service.mean_s / self._needed_for[0] - 1) > 0.02:
+        if not self._needed_for or abs(service.mean_s / self._needed_for - 1) > _ROUNDING:
             self._needed.clear()
-            self._needed_for = (service.mean_s,)
+            self._needed_for = service.mean_s
         step = math.ceil(math.log(rate) / _STEP)
         if step not in self._needed:
             self._needed[step] = self._search(self._load(math.exp(step * _STEP)))
@@ -238,9 +241,6 @@ class Capacity:
     @property
     def _late_from_s(self) -> float:
         return self.target.slo_s if self._seen.service_s is None else self._limit_s()
-
-
-_STEP = math.log(1.02)
 
 
 @dataclass

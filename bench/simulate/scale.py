@@ -119,7 +119,7 @@ def run(trace: Trace, site: Site, setting: Setting, since_s: float = 0.0) -> Out
         due_s = 0.0
         while True:
             wanted = policy.wanted(gatherer.look())
-            if env.now >= due_s - 1e-9:  # noqa: PLR2004  # sums of seconds
+            if env.now >= due_s - 1e-9:  # sums of seconds
                 apply(wanted)
                 due_s += site.poll_s
             yield env.timeout(min(setting.gather_s, site.poll_s))
