@@ -45,13 +45,13 @@ def mean_wait(servers, rate, service, seed, count):
 def test_an_m_m_c_queue_waits_as_erlang_says():
     servers, rate = 4, 2.8
     expected = chance_to_wait(servers, rate) / (servers - rate)
-    found = statistics.fmean(mean_wait(servers, rate, lambda r: r.expovariate(1.0), seed, 60_000) for seed in range(3))
+    found = statistics.fmean(mean_wait(servers, rate, lambda r: r.expovariate(1.0), seed, 60_000) for seed in range(8))
     assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_an_m_d_1_queue_waits_as_pollaczek_and_khinchine_say():
     expected = 0.6 / (2 * (1 - 0.6))
-    found = statistics.fmean(mean_wait(1, 0.6, lambda _: 1.0, seed, 60_000) for seed in range(3))
+    found = statistics.fmean(mean_wait(1, 0.6, lambda _: 1.0, seed, 60_000) for seed in range(5))
     assert found == pytest.approx(expected, rel=0.02)
 
 
