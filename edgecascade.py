@@ -19,6 +19,7 @@ import typer
 from bench.commands import Json, Rooms, Skill, Tier
 from bench.commands import app as bench_app
 from bench.errors import BenchError
+from bench.simulate.commands import simulate
 from deploy.errors import DeployError
 from functions.serving.secrets import SecretError
 from functions.serving.settings import ConfigError
@@ -47,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.command()(simulate)
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 kubernetes_app = typer.Typer(help="Manifests for Kubernetes, from stack.yml.", no_args_is_help=True)

@@ -28,11 +28,12 @@ _IDLES = (1.0, 0.8, 0.6, 0.4)
 class Tuning:
     """How quickly things are believed and forgotten; spans and half lives in seconds.
 
-    `levels_s`: half lives of the rates that compete; `holds_s`: how long what was wanted may be kept. `memory_s` is
-    what is rehearsed, every `review_s`, once it spans `least_memory_s`; until then the habit is a cautious one.
-    `interval_s`: how often orders are taken. `clear_s`: in what time a queue is to be gone. `least_slack`: where
-    service alone misses the SLO, what more than its own percentile is held instead. `most_correction` bounds the factor
-    on the work that observed latency may ask for; `gain` is how far one look moves it.
+    What competes in a rehearsal: half lives of the rate (`levels_s`), how long what was wanted is kept (`holds_s`), in
+    what time a queue is cleared (`clears_s`), the floor's share while nothing arrives (`idles`). `memory_s` is what is
+    rehearsed, every `review_s`, once it spans `least_memory_s`; until then the habit is a cautious one. `interval_s`:
+    how often orders are taken. `idle_s`: after so long without a request a tier that may go to zero does.
+    `least_slack`: where service alone misses the SLO, what more than its own percentile is held instead.
+    `most_correction` bounds the factor on the work that late answers may ask for; `gain` is how far one look moves it.
     """
 
     levels_s: tuple[float, ...] = _LEVELS_S
@@ -45,12 +46,16 @@ class Tuning:
     service_s: float = 120.0
     variation_s: float = 600.0
     interval_s: float = 15.0
+    idle_s: float = 180.0
     least_slack: float = 1.1
     most_correction: float = 2.0
     gain: float = 0.02
 
 
 _TUNING = Tuning()
+_ROUNDING = 0.02
+"""Rates are rounded up, and service times to either side, so that searches can be remembered."""
+_STEP = math.log1p(_ROUNDING)
 _NEAR = 1.1
 """A floor that is nearer than this is an estimate not worth a cold start."""
 _START_HOLD_S, _START_CLEAR_S = 60.0, 15.0
@@ -69,9 +74,10 @@ class Capacity:
     _past: deque[Past] = field(init=False, default_factory=deque)
     _past_s: float = field(init=False, default=0.0)
     _reviewed_s: float = field(init=False, default=-math.inf)
+    _busy_s: float = field(init=False, default=-math.inf)
     _wanted: deque[tuple[float, int]] = field(init=False, default_factory=deque)
     _needed: dict[int, int] = field(init=False, default_factory=dict)
-    _needed_for: tuple[float, ...] = field(init=False, default=())
+    _needed_for: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
@@ -104,6 +110,8 @@ class Capacity:
         arrived = reading.arrivals_per_s * passed_s if reading.arrived is None else reading.arrived
         self._forecasts = [forecast.seen(reading.at_s, arrived / passed_s) for forecast in self._forecasts]
         self._seen.learn(reading, passed_s, self.tuning)
+        if arrived > 0 or reading.in_flight > 0 or self._busy_s == -math.inf:
+            self._busy_s = reading.at_s
         self._correct(reading)
         if self._seen.service_s is not None:
             demands = tuple(self._needs(index) for index in range(len(self._forecasts)))
@@ -165,6 +173,9 @@ class Capacity:
             busy = reading.in_flight > 0 or reading.arrivals_per_s > 0
             wanted = max(reading.ready + reading.starting, int(busy))
             return wanted, "no request has been measured yet: what is there is kept"
+        idle_s = reading.at_s - self._busy_s
+        if self.target.minimum == 0 and idle_s >= self.tuning.idle_s:
+            return 0, f"nothing has come for {idle_s:.0f} s"
         waiting = _backlog(reading, self.target.slots)
         rate = self._forecasts[self.habit.estimate].ahead(self._lead_s).mean
         needed = self._needs(self.habit.estimate)
@@ -195,9 +206,9 @@ class Capacity:
         if rate * self.tuning.memory_s < 1:
             return 0
         service = self._load(1.0).service
-        if not self._needed_for or abs(service.mean_s / self._needed_for[0] - 1) > 0.02:
+        if not self._needed_for or abs(service.mean_s / self._needed_for - 1) > _ROUNDING:
             self._needed.clear()
-            self._needed_for = (service.mean_s,)
+            self._needed_for = service.mean_s
         step = math.ceil(math.log(rate) / _STEP)
         if step not in self._needed:
             self._needed[step] = self._search(self._load(math.exp(step * _STEP)))
@@ -238,9 +249,6 @@ class Capacity:
     @property
     def _late_from_s(self) -> float:
         return self.target.slo_s if self._seen.service_s is None else self._limit_s()
-
-
-_STEP = math.log(1.02)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from scaler.queueing import Service
 
@@ -19,8 +20,9 @@ _LEAST_SLACK = 1.05
 
 @dataclass(frozen=True)
 class Past:
-    """One stretch of time: its seconds, the requests that came, their work in seconds of one slot, and what each of
-    the estimates asked for after it.
+    """One stretch of time: its seconds, the requests that came, their work in seconds of one slot.
+
+    `demands` are the replicas that each of the estimates asked for after it.
     """
 
     length_s: float
@@ -115,7 +117,7 @@ def _forget(window: deque[tuple[float, int]], before_s: float) -> None:
 
 
 def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, terms: Terms) -> Habit:
-    """The habit, with its smallest sufficient floor, that would have cost least; the greatest floor where none suffices.
+    """The habit, with its smallest sufficient floor, that would have cost least; the maximum where none suffices.
 
     The search begins at the floor that each habit has, which is where it mostly ends.
     """
@@ -126,12 +128,15 @@ def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, te
         """Replica-seconds; infinite if too much would have been late."""
         return play(past, replace(habit, floor=floor), service, terms, most_late).replica_s
 
+    def suffices(habit: Habit, floor: int) -> bool:
+        return cost(habit, floor) < math.inf
+
     chosen, least = None, math.inf
     for habit in habits:
-        low, high = _bracket(lambda floor, habit=habit: cost(habit, floor) < math.inf, habit.floor, terms.maximum)
+        low, high = _bracket(partial(suffices, habit), habit.floor, terms.maximum)
         while low < high:
             middle = (low + high) // 2
-            if cost(habit, middle) < math.inf:
+            if suffices(habit, middle):
                 high = middle
             else:
                 low = middle + 1

@@ -150,7 +150,7 @@ def flash(rate: float, length_s: float, seed: int = 0) -> Trace:
 def _crowd(since_s: float) -> float:
     if since_s < 0:
         return 0.0
-    return min(1.0, since_s / 60) * 0.5 ** (max(0.0, since_s - 60) / 180)
+    return min(1.0, since_s / 60) * math.exp2(-max(0.0, since_s - 60) / 180)
 
 
 GENERATORS: dict[str, Callable[[float, float, int], Trace]] = {

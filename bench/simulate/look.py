@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from bench.simulate.pool import Job, Pool
 from scaler.values import Reading
@@ -67,7 +68,7 @@ def _reading(
     done: Sequence[Job] = pool.finished
     service_s, service_scv = _spread([job.done_s - job.begun_s for job in done])
     arrived = list(pool.arrived)
-    _, arrivals_scv = _spread([later - earlier for earlier, later in zip(arrived, arrived[1:], strict=False)])
+    _, arrivals_scv = _spread([later - earlier for earlier, later in pairwise(arrived)])
     latencies = sorted(job.done_s - job.at_s for job in done)
     return Reading(
         at_s=now_s,

@@ -112,8 +112,9 @@ class Ours:
 
 @dataclass
 class Oracle:
-    """Knows all requests to come: the smallest number with which, of those that come until the next order can take
-    effect, at most a share is late. Replicas that it orders serve a cold start later, as anyone's.
+    """Knows all requests to come, but its replicas start as slowly as anyone's.
+
+    It takes the smallest number with which at most a share is late of what comes until the next order takes effect.
     """
 
     pool: Pool
