@@ -22,6 +22,7 @@ from bench.errors import BenchError
 from deploy.errors import DeployError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
+from scaler.placement.errors import PlacementError
 
 if TYPE_CHECKING:
     from bench.bundle import Running, Variant
@@ -60,7 +61,7 @@ def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
         app(obj=Rooms(_smollm2, _home, _variants, _shared))
-    except (BenchError, ConfigError, DeployError, ModelError) as error:
+    except (BenchError, ConfigError, DeployError, ModelError, PlacementError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -254,6 +255,52 @@ def verify(
         print(f"{artifact}: {len(result.faults)} files, sizes and digests right; {seals}; {signature}")
         if result.unlisted:
             print(f"not part of it: {', '.join(result.unlisted)}")
+
+
+@app.command()
+def plan(
+    nodes: Annotated[list[Path], typer.Argument(help="Nodes files; their lists are joined.")],
+    model: Annotated[Path, typer.Option(help="The tier's artifact.")],
+    goal: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    plot: Annotated[Path | None, typer.Option(help="Write a drawing to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which node should run which layers of a tier, why, and what that comes to.
+
+    Examples: edgecascade plan nodes.yaml --model var/edge
+              edgecascade plan nodes.yaml jetson.yaml --model var/edge --goal throughput --plot plan.png
+    """
+    from models.artifact.sizes import sizes
+    from models.artifact.store import Artifact
+    from scaler.placement import read, report
+    from scaler.placement.plan import place
+
+    found = Artifact.open(model).manifest
+    problem = read.problem(nodes, sizes(found), f"{found.model_id} {found.quantisation}")
+    best = place(problem, read.goal(goal))
+    print(json.dumps(report.as_dict(problem, best)) if as_json else report.text(problem, best))
+    if plot:
+        report.draw(problem, best, plot)
+
+
+@app.command("profile-node")
+def profile_node(
+    model: Annotated[Path, typer.Option(help="The tier's artifact.")] = Path("var/edge"),
+    name: Annotated[str, typer.Option(help="The node's name; by default the machine's.")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    watts: Annotated[float | None, typer.Option(min=0, help="What it draws while it computes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine with a tier's layers and print it as a nodes file for `plan`.
+
+    Example: edgecascade profile-node --model var/edge --name kiosk-1
+    """
+    from bench.profile import Plan, profile
+    from bench.progress import bar
+
+    with bar("measuring") as progress:
+        found = profile(model, Plan(threads=threads), progress, name, watts)
+    print(json.dumps(found.as_dict()) if as_json else found.as_yaml(), end="\n" if as_json else "")
 
 
 @app.command()
