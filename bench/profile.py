@@ -44,6 +44,10 @@ class Plan:
     rounds: int = 5
     threads: int = 2
 
+    def within(self, context: int) -> Plan:
+        """No more than a short context takes."""
+        return replace(self, prompt_tokens=min(self.prompt_tokens, context // 2), tokens=min(self.tokens, context // 4))
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -83,15 +87,16 @@ def profile(path: Path, plan: Plan, report: Report, name: str = "", watts: float
     m = artifact.manifest
     if m.graph != FUSED or not m.lm_head:
         raise ArtifactError(f"{path} cannot be cut into layers: name a tier that writes text by our own graph")
+    plan = plan.within(m.architecture.context)
     memory_mib = int(FREE_SHARE * free_bytes() / MIB)
     report(0, 3, "memory")
     gb_per_s = max(ReadTest(plan.threads, READ_BYTES, huge_pages=True).gb_per_s() for _ in range(plan.rounds))
     report(1, 3, "layers")
     with _decoder(artifact, plan, _without_head(artifact)) as layers:
-        layers_ms, _ = _times(layers, plan, TokenSequence.hidden)
+        layers_ms, _ = _times(layers, plan, m.architecture.vocab_size, TokenSequence.hidden)
     report(2, 3, "layers and head")
     with _decoder(artifact, plan, segments(artifact, PLAIN)) as whole:
-        token_ms, prompt_ms = _times(whole, plan, TokenSequence.logits)
+        token_ms, prompt_ms = _times(whole, plan, m.architecture.vocab_size, TokenSequence.logits)
     report(3, 3, "")
     n_layers, head_ms = m.architecture.n_layers, max(0.0, token_ms - layers_ms)
     return Profile(
@@ -126,10 +131,10 @@ def _decoder(artifact: Artifact, plan: Plan, parts: Iterator[Segment]) -> Iterat
 
 
 def _times(
-    sequence: TokenSequence, plan: Plan, read: Callable[[TokenSequence, list[int]], object]
+    sequence: TokenSequence, plan: Plan, vocab_size: int, read: Callable[[TokenSequence, list[int]], object]
 ) -> tuple[float, float]:
     """Milliseconds of a token and of a prompt; the first round warms up."""
-    ids = np.random.default_rng(1).integers(3, 1000, plan.prompt_tokens + plan.tokens).tolist()
+    ids = np.random.default_rng(1).integers(0, vocab_size, plan.prompt_tokens + plan.tokens).tolist()
     tokens, prompts = list[float](), list[float]()
     for number in range(plan.rounds + 1):
         sequence.reset()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scaler.placement.costs import memory_bytes
+from scaler.placement.errors import PlacementError
 from scaler.placement.predict import hop, times
 from scaler.placement.values import Goal, Plan, Problem, Stage
 
@@ -101,7 +102,7 @@ def _bar(problem: Problem, stage: Stage) -> str:
 
 
 def draw(problem: Problem, plan: Plan, path: Path) -> None:
-    """Write a PNG: layers and time by stage."""
+    """Write a PNG: layers and time by stage; raises `PlacementError` where it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.6 + 0.45 * len(plan.stages)), layout="constrained")
@@ -123,4 +124,7 @@ def draw(problem: Problem, plan: Plan, path: Path) -> None:
     clock.set(xlabel="one token, ms (grey: links, there and back)")
     found = plan.prediction
     figure.suptitle(f"{plan.goal.value}: {found.token_ms:.2f} ms a token, {found.prompt_ms:.1f} ms a prompt")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise PlacementError(f"{path} cannot be written ({error.strerror})") from error
