@@ -9,6 +9,7 @@
     ├── PromptError      a prompt the model cannot take (`field` names the culprit)
     │   ├── PromptTooLongError
     │   └── GrammarError     a form of answer that cannot be kept to
+    ├── RankLostError    one of several ranks failed in the midst of a pass
     └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
@@ -53,6 +54,10 @@ class PromptTooLongError(PromptError):
 
 class GrammarError(PromptError):
     """The form that an answer is to have cannot be compiled, or cannot be kept to."""
+
+
+class RankLostError(ModelError):
+    """Another rank failed, so that this one's sums stay incomplete."""
 
 
 class AbandonedError(ModelError):
