@@ -12,7 +12,16 @@ import pytest
 from kubernetes import client
 from prometheus_client import CollectorRegistry
 
-from scaler.placement.apply import LAYERS, KubernetesApplier, LocalApplier, assignments, connect, deployment
+from scaler.placement.apply import (
+    LAYERS,
+    NEXT,
+    KubernetesApplier,
+    LocalApplier,
+    Shard,
+    assignments,
+    connect,
+    deployment,
+)
 from scaler.placement.controller import Controller
 from scaler.placement.errors import ApplyError
 from scaler.placement.plan import place
@@ -20,6 +29,7 @@ from scaler.placement.rebalance import Action, Observed, Policy, Reason, State, 
 from scaler.placement.values import Goal, Layer, Link, Model, Node, Problem, Workload
 
 MIB = 2**20
+SHARDS = [Shard(f"s{n}", f"s{n}-links:5051") for n in range(3)]
 POLICY = Policy(slo_ms=500, sustained_s=10, silent_s=2, interval_s=60, moves_per_hour=3)
 
 
@@ -228,27 +238,30 @@ def test_what_somebody_else_deployed_is_put_right_a_few_times_an_hour():
 
 def test_shards_are_told_their_layers_and_those_left_over_stop():
     plan = two_and_a_spare().plan
-    found = assignments(plan, ["s0", "s1", "s2"])
-    assert [(a.shard, a.layers, a.nodes) for a in found] == [
-        ("s0", plan.stages[0].layers, plan.stages[0].nodes),
-        ("s1", plan.stages[1].layers, plan.stages[1].nodes),
-        ("s2", "", ()),
+    found = assignments(plan, SHARDS)
+    assert [(a.shard, a.layers, a.nodes, a.next) for a in found] == [
+        ("s0", plan.stages[0].layers, plan.stages[0].nodes, "s1-links:5051"),
+        ("s1", plan.stages[1].layers, plan.stages[1].nodes, ""),  # a shard that ends the model refuses a next one
+        ("s2", "", (), ""),
     ]
     with pytest.raises(ApplyError, match="2 ranges of layers and the bundle 1 shards; add 1 to"):
-        assignments(plan, ["s0"])
+        assignments(plan, SHARDS[:1])
 
 
 def test_the_local_runner_starts_what_changed_and_stops_what_is_over():
     told = []
     applier = LocalApplier(
-        ["s0", "s1"], lambda *started: told.append(started), lambda *stopped: told.append(("stop", *stopped))
+        SHARDS[:2], lambda *started: told.append(started), lambda *stopped: told.append(("stop", *stopped))
     )
     state = two_and_a_spare()
     assert applier.drifted(state.plan)
     applier.apply(state.plan)
     assert not applier.drifted(state.plan)
     (a, first), (b, second) = ((s.nodes[0], s.layers) for s in state.plan.stages)
-    assert told == [("s1", b, {LAYERS: second}), ("s0", a, {LAYERS: first})]
+    assert told == [
+        ("s1", b, {LAYERS: second, NEXT: ""}),
+        ("s0", a, {LAYERS: first, NEXT: "s1-links:5051"}),
+    ]
     told.clear()
     applier.apply(state.plan)
     assert told == []
@@ -326,7 +339,7 @@ def cluster():
 
 def kubernetes_applier(cluster, **rest):
     ticks = itertools.count()
-    shards = ["edge-0", "edge-1", "edge-2"]
+    shards = [Shard(f"edge-{n}", f"edge-{n}-links:5051") for n in range(3)]
     return KubernetesApplier(
         cluster.api, "openfaas-fn", shards, clock=lambda: float(next(ticks)), sleep=lambda _: None, **rest
     )
@@ -347,7 +360,8 @@ def test_deployments_get_their_layers_nodes_and_replicas_by_server_side_apply(cl
         assert "force=" in query
     assert cluster.deployments["edge-2"]["spec"]["replicas"] == 0
     pod = cluster.deployments["edge-0"]["spec"]["template"]["spec"]
-    assert pod["containers"] == [{"name": "edge-0", "env": [{"name": LAYERS, "value": plan.stages[0].layers}]}]
+    told = [{"name": LAYERS, "value": plan.stages[0].layers}, {"name": NEXT, "value": "edge-1-links:5051"}]
+    assert pod["containers"] == [{"name": "edge-0", "env": told}]
 
 
 def test_a_redeploy_that_takes_the_layers_away_is_noticed(cluster):
@@ -377,7 +391,7 @@ def test_an_api_out_of_reach_is_one_sentence():
             raise OSError
 
     with pytest.raises(ApplyError, match="did not answer"):
-        KubernetesApplier(Away(), "n", ["s0", "s1"]).drifted(two_and_a_spare().plan)
+        KubernetesApplier(Away(), "n", SHARDS).drifted(two_and_a_spare().plan)
 
 
 def test_without_an_account_there_is_no_connection(monkeypatch, tmp_path):
@@ -385,7 +399,7 @@ def test_without_an_account_there_is_no_connection(monkeypatch, tmp_path):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(ApplyError, match="neither a service account nor a kubeconfig"):
-        connect("openfaas-fn", ["s0"])
+        connect("openfaas-fn", SHARDS)
 
 
 def test_what_is_applied_is_a_deployment_kubernetes_takes():
@@ -393,7 +407,7 @@ def test_what_is_applied_is_a_deployment_kubernetes_takes():
     import kubernetes_validate
 
     plan = begin(problem({"a": 1.0, "b": 1.0}, replicas=2)).plan
-    (assignment,) = assignments(plan, ["edge-0"])
+    (assignment,) = assignments(plan, [Shard("edge-0")])
     whole, fields = blank("edge-0"), deployment(assignment)
     whole.pop("status")
     whole["spec"]["replicas"] = fields["spec"]["replicas"]

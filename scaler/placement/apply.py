@@ -1,6 +1,7 @@
 """Put a plan into force: shard by shard, each told its layers; the platform drains the sessions of what it replaces.
 
-Shards have names in the order of the model, which stay; what changes is which layers each runs and on which nodes.
+Shards have names and addresses in the order of the model, which stay; what changes is which layers each runs, on which
+nodes, and whether another comes after it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from urllib3.exceptions import HTTPError
 from scaler.placement.errors import ApplyError
 from scaler.placement.values import Plan
 
-LAYERS = "SHARD_LAYERS"
-"""The environment variable that tells a shard its layers, `first-last`."""
+LAYERS, NEXT = "SHARD_LAYERS", "SHARD_NEXT"
+"""The environment variables that tell a shard its layers, `first-last`, and where those after it listen, or nothing."""
 MANAGER = "edgecascade-placement"
 """Who owns the fields that are applied, as Kubernetes keeps book of it."""
 HOSTNAME = "kubernetes.io/hostname"
@@ -26,12 +27,29 @@ TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One shard of the bundle; `address` is where it listens for the one before it, as `SHARD_NEXT` has it."""
+
+    name: str
+    address: str = ""
+
+
+@dataclass(frozen=True)
 class Assignment:
-    """What one shard is to be: `layers` as `SHARD_LAYERS` has them, on each of `nodes`; without any it stops."""
+    """What one shard is to be: `layers` as `SHARD_LAYERS` has them, on each of `nodes`; without any it stops.
+
+    `next` is the address of the shard after it, empty where it ends the model.
+    """
 
     shard: str
     layers: str
     nodes: tuple[str, ...]
+    next: str = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the shard is told."""
+        return {LAYERS: self.layers, NEXT: self.next}
 
 
 class Applier(Protocol):
@@ -44,15 +62,17 @@ class Applier(Protocol):
         """Whether what runs is not the plan, because somebody else changed it; raises `ApplyError`."""
 
 
-def assignments(plan: Plan, shards: Sequence[str]) -> list[Assignment]:
+def assignments(plan: Plan, shards: Sequence[Shard]) -> list[Assignment]:
     """What each shard is to be; those that are not needed stop. Raises `ApplyError` where there are too few."""
     if len(plan.stages) > len(shards):
         raise ApplyError(
             f"the plan has {len(plan.stages)} ranges of layers and the bundle {len(shards)} shards; "
             f"add {len(plan.stages) - len(shards)} to stack.yml, or exclude nodes"
         )
-    used = [Assignment(name, s.layers, s.nodes) for name, s in zip(shards, plan.stages, strict=False)]
-    return used + [Assignment(name, "", ()) for name in shards[len(plan.stages) :]]
+    after = [*(shard.address for shard in shards[1 : len(plan.stages)]), ""]
+    used = zip(shards, plan.stages, after, strict=False)
+    found = [Assignment(shard.name, stage.layers, stage.nodes, address) for shard, stage, address in used]
+    return found + [Assignment(shard.name, "", ()) for shard in shards[len(plan.stages) :]]
 
 
 class LocalApplier:
@@ -63,46 +83,48 @@ class LocalApplier:
 
     def __init__(
         self,
-        shards: Sequence[str],
+        shards: Sequence[Shard],
         start: Callable[[str, str, Mapping[str, str]], None],
         stop: Callable[[str, str], None],
     ) -> None:
         self._shards, self._start, self._stop = tuple(shards), start, stop
-        self._running: dict[tuple[str, str], str] = {}
+        self._running: dict[tuple[str, str], dict[str, str]] = {}
 
     def apply(self, plan: Plan) -> None:
         """Start what is new or changed, from the last shard to the first; then stop what is not needed any more."""
-        wanted = {(a.shard, node): a.layers for a in assignments(plan, self._shards) for node in a.nodes}
-        for (shard, node), layers in reversed(wanted.items()):
-            if self._running.get((shard, node)) != layers:
+        wanted = self._wanted(plan)
+        for (shard, node), environment in reversed(wanted.items()):
+            if self._running.get((shard, node)) != environment:
                 try:
-                    self._start(shard, node, {LAYERS: layers})
+                    self._start(shard, node, environment)
                 except OSError as error:
                     raise ApplyError(f"{shard} on {node} did not start ({error.strerror})") from error
-                self._running[shard, node] = layers
+                self._running[shard, node] = environment
         for shard, node in self._running.keys() - wanted.keys():
             self._stop(shard, node)
             del self._running[shard, node]
 
     def drifted(self, plan: Plan) -> bool:
         """Whether the plan is not what was started last."""
-        wanted = {(a.shard, node): a.layers for a in assignments(plan, self._shards) for node in a.nodes}
-        return wanted != self._running
+        return self._wanted(plan) != self._running
+
+    def _wanted(self, plan: Plan) -> dict[tuple[str, str], dict[str, str]]:
+        return {(a.shard, node): a.environment for a in assignments(plan, self._shards) for node in a.nodes}
 
 
 class KubernetesApplier:
     """Shards that are Deployments, as faas-netes makes them: of the shard's name, with one container of that name.
 
-    Fields are changed by server-side apply under `MANAGER`: the layers in the environment, how many replicas, and the
-    nodes they may run on, spread one a node. Nothing else is touched. A rolling update starts the new pod before it
-    ends the old one, whose SIGTERM drains its sessions.
+    Fields are changed by server-side apply under `MANAGER`: layers and successor in the environment, how many replicas,
+    and the nodes they may run on, spread one a node. Nothing else is touched. A rolling update starts the new pod
+    before it ends the old one, whose SIGTERM drains its sessions.
     """
 
     def __init__(
         self,
         api: Any,
         namespace: str,
-        shards: Sequence[str],
+        shards: Sequence[Shard],
         ready_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -137,7 +159,8 @@ class KubernetesApplier:
         environment = {e.name: e.value for c in deployment.spec.template.spec.containers for e in c.env or ()}
         selected = _selected(deployment.spec.template.spec.affinity)
         same = deployment.spec.replicas == len(wanted.nodes) and set(selected) == set(wanted.nodes)
-        return Assignment(wanted.shard, environment.get(LAYERS) or "", wanted.nodes if same else selected)
+        layers, after = (environment.get(key) or "" for key in (LAYERS, NEXT))
+        return Assignment(wanted.shard, layers, wanted.nodes if same else selected, after)
 
     def _is_ready(self, assignment: Assignment) -> bool:
         found = self._read(assignment.shard)
@@ -196,7 +219,8 @@ def deployment(assignment: Assignment) -> dict[str, Any]:
             "labelSelector": {"matchLabels": {"faas_function": assignment.shard}},
             "matchLabelKeys": ["pod-template-hash"],  # the pods that a rolling update replaces do not count
         }
-        container = {"name": assignment.shard, "env": [{"name": LAYERS, "value": assignment.layers}]}
+        environment = [{"name": name, "value": value} for name, value in assignment.environment.items()]
+        container = {"name": assignment.shard, "env": environment}
         pod = {"affinity": {"nodeAffinity": required}, "topologySpreadConstraints": [spread], "containers": [container]}
         found["spec"]["template"] = {"spec": pod}
     return found
@@ -215,7 +239,7 @@ def _selected(affinity: Any) -> tuple[str, ...]:
     )
 
 
-def connect(namespace: str, shards: Sequence[str]) -> KubernetesApplier:
+def connect(namespace: str, shards: Sequence[Shard]) -> KubernetesApplier:
     """By the pod's service account, else by the kubeconfig; raises `ApplyError` if there is neither."""
     settings = client.Configuration()
     try:
