@@ -133,13 +133,13 @@ def cost_of(p, goal, stages):
 
 
 @given(problems(), st.sampled_from(Goal))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_plan_is_as_good_as_any(p, goal):
     check_against_brute_force(p, goal)
 
 
 @given(problems(replicas=2), st.sampled_from(Goal))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_plan_with_replicas_is_as_good_as_any(p, goal):
     check_against_brute_force(p, goal)
 
@@ -160,7 +160,7 @@ def check_against_brute_force(p, goal):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_of_plans_with_the_best_throughput_the_quickest_is_chosen(p):
     plans = list(every_plan(p))
     assume(plans)
@@ -171,7 +171,7 @@ def test_of_plans_with_the_best_throughput_the_quickest_is_chosen(p):
 
 
 @given(problems(), st.sampled_from(Goal))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_bounded_search_keeps_its_word(p, goal):
     """Its plans hold, none is better than the best, and its bound is not above it."""
     teams = fixed_teams(p, tables(p), [[n] for n in range(len(p.nodes))])
@@ -189,7 +189,7 @@ def test_the_bounded_search_keeps_its_word(p, goal):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_prediction_adds_up(p):
     stages = next(iter(every_plan(p)), None)
     assume(stages)
