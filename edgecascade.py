@@ -355,6 +355,52 @@ def verify(
 
 
 @app.command()
+def plan(
+    nodes: Annotated[list[Path], typer.Argument(help="Nodes files; their lists are joined.")],
+    model: Annotated[Path, typer.Option(help="The tier's artifact.")],
+    goal: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    plot: Annotated[Path | None, typer.Option(help="Write a drawing to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which node should run which layers of a tier, why, and what that comes to.
+
+    Examples: edgecascade plan nodes.yaml --model var/edge
+              edgecascade plan nodes.yaml jetson.yaml --model var/edge --goal throughput --plot plan.png
+    """
+    from models.artifact.sizes import sizes
+    from models.artifact.store import Artifact
+    from scaler.placement import read, report
+    from scaler.placement.plan import place
+
+    found = Artifact.open(model).manifest
+    problem = read.problem(nodes, sizes(found), f"{found.model_id} {found.quantisation}")
+    best = place(problem, read.goal(goal))
+    print(json.dumps(report.as_dict(problem, best)) if as_json else report.text(problem, best))
+    if plot:
+        report.draw(problem, best, plot)
+
+
+@app.command("profile-node")
+def profile_node(
+    model: Annotated[Path, typer.Option(help="The tier's artifact.")] = Path("var/edge"),
+    name: Annotated[str, typer.Option(help="The node's name; by default the machine's.")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    watts: Annotated[float | None, typer.Option(min=0, help="What it draws while it computes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine with a tier's layers and print it as a nodes file for `plan`.
+
+    Example: edgecascade profile-node --model var/edge --name kiosk-1
+    """
+    from bench.profile import Plan, profile
+    from bench.progress import bar
+
+    with bar("measuring") as progress:
+        found = profile(model, Plan(threads=threads), progress, name, watts)
+    print(json.dumps(found.as_dict()) if as_json else found.as_yaml(), end="\n" if as_json else "")
+
+
+@app.command()
 def demo(as_json: Json = False) -> None:
     """Build what is missing, start the bundle, ask 300 held-out questions, print the table, chat, stop."""
     from bench.client import Client

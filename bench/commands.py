@@ -350,6 +350,22 @@ def survival(
     measure(rooms.start, plan, as_json=as_json)
 
 
+@app.command("placement")
+def placement(
+    nodes: Annotated[int, typer.Option(min=2, max=200, help="Nodes of each fleet.")] = 64,
+    layers: Annotated[int, typer.Option(min=2, max=200, help="Layers of the model.")] = 80,
+    fleets: Annotated[int, typer.Option(min=1, help="Fleets of each sort.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure how long planning takes for fleets drawn at random, and how far from the bound its plans may be.
+
+    Example: edgecascade bench placement --nodes 64 --layers 80
+    """
+    from bench.placement import measure, report
+
+    report(measure(nodes, layers, range(fleets)), nodes, layers, as_json=as_json)
+
+
 @app.command("seal")
 def seal(
     artifact: Tier,

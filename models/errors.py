@@ -11,6 +11,7 @@
     │   └── GrammarError     a form of answer that cannot be kept to
     ├── LinkLostError    a shard that was asked is gone, or takes no session; another may
     ├── ShardsLostError  no shard is left that serves the layers that come next
+    ├── RankLostError    one of several ranks failed in the midst of a pass
     └── AbandonedError   the caller said that nobody waits for the answer any more
 
 Each border (HTTP, command line) translates this tree once.
@@ -63,6 +64,10 @@ class LinkLostError(ModelError):
 
 class ShardsLostError(ModelError):
     """No shard is left that serves the layers that come next; the answer cannot be finished."""
+
+
+class RankLostError(ModelError):
+    """Another rank failed, so that this one's sums stay incomplete."""
 
 
 class AbandonedError(ModelError):

@@ -4,9 +4,10 @@ ScalerError
 ├── SettingsError     a setting of the process is missing, misspelt or out of range
 ├── MetadataError     a trigger's metadata cannot be used (`key` names the culprit)
 ├── CrowdedError      as many triggers or streams as there may be
-└── SourceError       what replicas are computed from is missing or too old
+├── SourceError       what replicas are computed from is missing or too old
+└── PlacementError    layers cannot be placed on nodes (`scaler/placement/errors.py`)
 
-`service` translates the last three to gRPC codes, once; the command line the first.
+`service` translates the three in the middle to gRPC codes, once; the command line the others.
 """
 
 
