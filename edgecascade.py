@@ -20,6 +20,7 @@ from bench.commands import Json, Rooms, Skill, Tier
 from bench.commands import app as bench_app
 from bench.errors import BenchError
 from deploy.errors import DeployError
+from deploy.greengrass.commands import app as greengrass_app
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
 
@@ -44,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(greengrass_app, name="greengrass")
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 

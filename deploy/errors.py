@@ -2,7 +2,9 @@
 
 DeployError
 ├── StackError    stack.yml cannot be read, or names what is not there
-└── StartError    a process of the bundle did not start, or did not get ready
+├── StartError    a process of the bundle did not start, or did not get ready
+├── RecipeError   a Greengrass component that cannot be made, or that a nucleus would reject
+└── CloudError    AWS refused, cannot be reached, or says that something failed
 """
 
 
@@ -16,3 +18,11 @@ class StackError(DeployError):
 
 class StartError(DeployError):
     """A process ended before it was ready, or took too long."""
+
+
+class RecipeError(DeployError):
+    """A Greengrass component cannot be made of what is there, or a nucleus would reject it."""
+
+
+class CloudError(DeployError):
+    """AWS refused, did not answer, or reports a failure."""

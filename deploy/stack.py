@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Function:
     handler: str
     fprocess: str
     environment: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,5 @@ def _function(name: str, spec: Any) -> Function:
     for key, value in environment.items():
         if not isinstance(value, str):
             raise StackError(f"function '{name}': '{key}' must be text; put its value in quotes")
-    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment)
+    labels = {key: str(value) for key, value in (spec.get("labels") or {}).items()}
+    return Function(name, spec["image"], spec["handler"], spec["fprocess"], environment, labels)
