@@ -195,6 +195,11 @@ class Account:
         """The operations that changed something."""
         return [name for name in self.log if name in self.WRITES]
 
+    def check_credentials(self) -> None:
+        """Raise `Fault` if they have expired."""
+        if self.expired:
+            raise Fault(403, "ExpiredTokenException", "The security token included in the request is expired")
+
     def answer(self, call: Call) -> dict[str, Any]:
         """Do what was asked."""
         self.log.append(call.operation.name)
@@ -328,7 +333,7 @@ class Account:
                 "deploymentStatus": "ACTIVE",
                 "creationTimestamp": 1_700_000_000 + len(self.deployments),
                 "isLatestForTarget": True,
-            }  # fmt: skip
+            }
         )
         self.tokens[token] = {"deploymentId": f"d-{number}"}
         return self.tokens[token]
@@ -384,8 +389,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         name = ""
         try:
-            if self.account.expired:
-                raise Fault(403, "ExpiredTokenException", "The security token included in the request is expired")
+            self.account.check_credentials()
             if self.command == "POST" and self.path == "/":
                 return self._send(200, _identity(), {"Content-Type": "text/xml"})
             call = route(self.command, self.path, self.headers, body)

@@ -77,17 +77,23 @@ def one_sentence(said):
 def test_publish_deploy_update_rollback(account, run, first, second):
     account.deployments.append(
         {
-            "targetArn": GROUP, "deploymentId": "d-1", "revisionId": "1", "deploymentStatus": "COMPLETED",
-            "creationTimestamp": 1_600_000_000, "deploymentName": "ours", "components": OTHER,
-            "deploymentPolicies": {"failureHandlingPolicy": "DO_NOTHING"}, "isLatestForTarget": True,
-        }  # fmt: skip
+            "targetArn": GROUP,
+            "deploymentId": "d-1",
+            "revisionId": "1",
+            "deploymentStatus": "COMPLETED",
+            "creationTimestamp": 1_600_000_000,
+            "deploymentName": "ours",
+            "components": OTHER,
+            "deploymentPolicies": {"failureHandlingPolicy": "DO_NOTHING"},
+            "isLatestForTarget": True,
+        }
     )
     assert run("publish", first, "--bucket", BUCKET)[0] == 0
     status, out, _ = run("deploy", first, "--target", GROUP, "--set", "dispatcher.EDGE_URL=https://store.example/edge")
     assert status == 0
     assert "2 of 2 core devices succeeded" in out
     made = account.deployments[-1]
-    assert versions(account) == {**{name: "2.12.0" for name in OTHER}, DEVICE: "1.0.0", DISPATCHER: "1.0.0"}
+    assert versions(account) == {**dict.fromkeys(OTHER, "2.12.0"), DEVICE: "1.0.0", DISPATCHER: "1.0.0"}
     assert made["deploymentPolicies"]["failureHandlingPolicy"] == "ROLLBACK"
     assert made["deploymentName"] == "ours"
     merge = made["components"][DISPATCHER]["configurationUpdate"]["merge"]

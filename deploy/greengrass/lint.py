@@ -114,7 +114,7 @@ def _access(services: Any) -> Problems:
             for key in ("operations", "resources"):
                 if not isinstance(rule.get(key), list) or not rule[key]:
                     yield f"{where} needs a list of {key}"
-            for resource in rule.get("resources") or []:
+            for resource in _list(rule.get("resources")):
                 bare = _ESCAPE.sub("", resource) if isinstance(resource, str) else "?"
                 if "?" in bare or any(m[1] not in "*?$" or not m[2] for m in _ESCAPE.finditer(str(resource))):
                     yield f"{where}: the lite nucleus refuses the resource '{resource}' ('?' is written ${{?}})"
@@ -128,7 +128,7 @@ def _dependencies(dependencies: Any) -> Problems:
         where = f"ComponentDependencies {name}"
         yield from _keys(_mapping(wanted), where, ("VersionRequirement", "DependencyType"), ())
         kind = _mapping(wanted).get("DependencyType", "SOFT")
-        if kind not in {"SOFT", "HARD"}:
+        if kind not in ("SOFT", "HARD"):
             yield f"{where}: DependencyType is SOFT or HARD"
         elif kind == "HARD" and not str(name).startswith("aws.greengrass."):
             yield f"{where} is HARD; the component would be stopped with it: make it SOFT"
@@ -138,7 +138,7 @@ def _manifest(manifest: Mapping[str, Any], where: str, configuration: Mapping[st
     yield from _keys(manifest, where, ("Platform", "Lifecycle"), ("Name", "Artifacts", "Selections"))
     yield from _platform(_mapping(manifest.get("Platform")), f"{where}.Platform")
     archives: set[str] = set()
-    yield from _artifacts(manifest.get("Artifacts") or [], f"{where}.Artifacts", archives)
+    yield from _artifacts(manifest.get("Artifacts", []), f"{where}.Artifacts", archives)
     lifecycle = _mapping(manifest.get("Lifecycle"))
     where = f"{where}.Lifecycle"
     yield from _keys(lifecycle, where, (), (*_PHASES, "Setenv"))
@@ -165,14 +165,16 @@ def _platform(platform: Mapping[str, Any], where: str) -> Problems:
     for key, value in platform.items():
         if not isinstance(value, str) or not re.match(r"^(\*|\w+)$", value):
             yield f"{where}.{key} must be one word or '*'; the lite nucleus knows no patterns"
-    if platform.get("runtime", "*") not in {"*", "aws_nucleus_lite"}:
+    if platform.get("runtime", "*") not in ("*", "aws_nucleus_lite"):
         yield f"{where}.runtime must be '*'; else one of the nuclei passes this manifest over"
 
 
 def _artifacts(artifacts: Any, where: str, archives: set[str]) -> Problems:
     """Notes in `archives` the folders that zips unpack to."""
     names: set[str] = set()
-    for number, artifact in enumerate(artifacts):
+    if not isinstance(artifacts, list):
+        yield f"{where} must be a list"
+    for number, artifact in enumerate(_list(artifacts)):
         here = f"{where}[{number}]"
         artifact = _mapping(artifact)  # noqa: PLW2901
         yield from _keys(artifact, here, ("Uri",), ("Unarchive", "Permission", "Digest", "Algorithm"))
@@ -183,7 +185,7 @@ def _artifacts(artifacts: Any, where: str, archives: set[str]) -> Problems:
         if name in names:
             yield f"{here} is a second file named '{name}'; all artifacts lie in one folder"
         names.add(name)
-        if artifact.get("Unarchive", "NONE") not in {"NONE", "ZIP"}:
+        if artifact.get("Unarchive", "NONE") not in ("NONE", "ZIP"):
             yield f"{here}.Unarchive is NONE or ZIP"
         elif artifact.get("Unarchive") == "ZIP":
             archives.add(name.removesuffix(".zip"))
@@ -207,7 +209,7 @@ def _phase(phase: str, step: Any, where: str) -> Problems:
         yield f"{where}.Script must end with 'exec …'; else the shell gets SIGTERM and the program does not"
     yield from _timeout(phase, step, where)
     yield from _setenv(step.get("Setenv", {}), f"{where}.Setenv")
-    if step.get("RequiresPrivilege", False) not in {True, False, "true", "false"}:
+    if step.get("RequiresPrivilege", False) not in (True, False, "true", "false"):
         yield f"{where}.RequiresPrivilege is true or false"
 
 
@@ -285,6 +287,10 @@ def _keys(found: Any, where: str, needed: Sequence[str], optional: Sequence[str]
     for key in needed:
         if key.lower() not in {str(name).lower() for name in _mapping(found)}:
             yield f"{where} needs '{key}'"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

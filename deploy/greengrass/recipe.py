@@ -27,8 +27,8 @@ MOST_MODEL_FILES = 24
 """A file takes some 170 bytes a platform, and a recipe has 16,000: a model of more files goes as one stored zip."""
 
 PORTS = {"dispatcher": 8080, "device": 8081, "edge": 8082, "federation": 8083}
-# The classic nucleus kills 5 s after SIGTERM.
-DRAIN_S = 4
+# The classic nucleus kills 5 s after SIGTERM; the rest is for ending processes.
+DRAIN_S = 3
 INSTALL_TIMEOUT_S = 900
 BATTERY_TOPIC = "edgecascade/battery"
 STATUS_TOPIC = "edgecascade/status"

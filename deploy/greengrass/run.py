@@ -70,12 +70,15 @@ class Keeper:
     look_every_s: float = LOOK_EVERY_S
     longest_silence_s: float = LONGEST_SILENCE_S
     _stopping: bool = field(default=False, init=False)
+    _child: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def run(self) -> int:
         """Keep the function until it ends, is told to, or is not well; returns the status to exit with."""
-        child = subprocess.Popen(self.words)  # noqa: S603 - the recipe's own words
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self._stop(child, number, frame))
+            signal.signal(number, self._stop)
+        child = self._child = subprocess.Popen(self.words)  # noqa: S603 - the recipe's own words
+        if self._stopping:  # told so before there was a child to tell
+            child.terminate()
         try:
             status = self._watch(child)
         finally:
@@ -103,10 +106,11 @@ class Keeper:
                 _LOG.error("%s is not well: %s %s; ending it", self.name, health.state, health.reason)
                 return _UNHEALTHY
 
-    def _stop(self, child: subprocess.Popen[bytes], number: int, _frame: FrameType | None) -> None:
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
-        with suppress(ProcessLookupError):
-            child.send_signal(number)
+        if self._child is not None:
+            with suppress(ProcessLookupError):
+                self._child.terminate()
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """Leave no process behind."""

@@ -1,0 +1,152 @@
+# ruff: noqa: T201 - figures for docs/decisions/0021, shown by `pytest -s`
+"""A component's own steps, for real: installed offline from the shipped wheels, run, asked, stopped."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deploy.errors import RecipeError
+from deploy.greengrass.build import read, render
+from deploy.greengrass.recipe import Naming
+from deploy.greengrass.wheels import PipGather, build_own
+from tests.fakes import free_port, wait_until
+from tests.greengrass_rigs import DEVICE, DISPATCHER, PREFIX, ROOT, stack
+from tests.nucleus import Nucleus
+
+pytestmark = pytest.mark.slow
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "aarch64"}.get(platform.machine(), "")
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Both components of the device site, with their true wheels."""
+    if not ARCHITECTURE:
+        pytest.skip(f"no wheels are shipped for {platform.machine()}")
+    folder = tmp_path_factory.mktemp("greengrass")
+    chosen = stack("dispatcher", "device")
+    try:
+        own = build_own(ROOT, chosen.copies, folder)
+        gather = PipGather(own, ROOT / "constraints.txt", PYTHON)
+        naming = Naming(PREFIX, "0.1.0", "tests", PYTHON)
+        models = {"device": ROOT / "models" / "tiers" / "device"}
+        render(chosen, models, gather, naming, folder / "out", [ARCHITECTURE])
+    except RecipeError as error:
+        pytest.skip(f"the wheels cannot be had here: {error}")
+    return {component.name: component for component in read(folder / "out")}
+
+
+@pytest.fixture(scope="module")
+def nucleus(built, tmp_path_factory):
+    """Both installed, without any network."""
+    made = Nucleus(tmp_path_factory.mktemp("root"), ARCHITECTURE)
+    device, edge = free_port(), free_port()
+    made.configuration = {
+        DEVICE: {"BIND": f"127.0.0.1:{device}", "PYTHON": sys.executable},
+        DISPATCHER: {
+            "BIND": f"127.0.0.1:{free_port()}", "PYTHON": sys.executable,
+            "DEVICE_URL": f"http://127.0.0.1:{device}", "EDGE_URL": f"http://127.0.0.1:{edge}",
+        },
+    }  # fmt: skip
+    for component in built.values():
+        made.place(component)
+        begun = time.monotonic()
+        done = made.install(component, _no_network())
+        print(f"{component.name}: installed in {time.monotonic() - begun:.1f} s")
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+def _no_network():
+    """A network namespace of its own, where one may be made; pip's --no-index holds anyway."""
+    words = ["unshare", "--net"]
+    if shutil.which(words[0]) and subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0:
+        return words
+    return []
+
+
+@pytest.fixture
+def running(built, nucleus):
+    """Both run; stopped at the end."""
+    processes = {name: nucleus.start(component) for name, component in built.items()}
+    urls = {name: f"http://{nucleus.configuration[name]['BIND']}" for name in built}
+    try:
+        for url in urls.values():
+            wait_until(lambda url=url: _ready(url), timeout_s=120)
+        yield processes, urls
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                nucleus.stop(process)
+            process.stdout.close()
+
+
+def _ready(url):
+    try:
+        return httpx.get(f"{url}/_/ready", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_installed_functions_answer_and_stop_within_five_seconds(running, nucleus):
+    processes, urls = running
+    for url in urls.values():
+        assert httpx.get(f"{url}/healthz", trust_env=False).json() == {"status": "ok"}
+    said = httpx.post(f"{urls[DISPATCHER]}/", json={"text": "play some jazz"}, trust_env=False, timeout=60).json()
+    assert said["edgecascade"]["source"] == "device"
+    assert 'node_id="kiosk-1"' in httpx.get(f"{urls[DEVICE]}/metrics", trust_env=False).text
+    for name, process in processes.items():
+        keeper = psutil.Process(process.pid)
+        print(f"{name}: the keeper has {keeper.memory_info().rss >> 20} MiB, gunicorn's processes "
+              f"{sum(p.memory_info().rss for p in keeper.children(recursive=True)) >> 20} MiB")  # fmt: skip
+        children = keeper.children(recursive=True)
+        status, took_s = nucleus.stop(process)
+        print(f"{name}: stopped in {took_s:.2f} s with status {status}")
+        assert status == 0
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_function_whose_model_is_spoilt_ends_so_that_the_nucleus_knows(built, nucleus):
+    folder = nucleus.root / "packages" / "artifacts" / DEVICE / "0.1.0"
+    layer = folder / "layer-000.safetensors"
+    content = layer.read_bytes()
+    layer.chmod(0o600)
+    layer.write_bytes(content[:-1] + b"x")
+    try:
+        process = nucleus.start(built[DEVICE])
+        said, _ = process.communicate(timeout=120)
+    finally:
+        layer.write_bytes(content)
+    assert process.returncode == 1
+    assert "device is not well: failed loading failed: " in said
+
+
+def test_a_wheel_that_was_exchanged_is_not_installed(built, nucleus):
+    wheels = (
+        nucleus.root / "packages" / "artifacts-unarchived" / DISPATCHER / "0.1.0" / f"app-{ARCHITECTURE}" / "wheels"
+    )
+    wheel = next(wheels.glob("httpx-*"))
+    content = wheel.read_bytes()
+    wheel.write_bytes(content + b"\0")
+    try:
+        done = nucleus.install(built[DISPATCHER])
+    finally:
+        wheel.write_bytes(content)
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert nucleus.install(built[DISPATCHER]).returncode == 0
+
+
+def test_the_extras_are_those_of_the_images():
+    from deploy.greengrass.wheels import EXTRAS
+
+    for name, extra in EXTRAS.items():
+        assert f"'.[{extra}]'" in (ROOT / "functions" / name / "Dockerfile").read_text("utf-8")
+    assert Path(sys.executable).exists()
