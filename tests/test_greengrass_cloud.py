@@ -1,7 +1,11 @@
 """Publish, deploy, update, go back: against an account on loopback that checks all by botocore's own model."""
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +14,7 @@ import edgecascade
 from deploy.greengrass.cloud import Cloud, connect
 from deploy.greengrass.publish import plan
 from tests.aws_fake import ACCOUNT, GROUP, REGION, Account, serving
-from tests.greengrass_rigs import DEVICE, DISPATCHER, rendered
+from tests.greengrass_rigs import DEVICE, DISPATCHER, ROOT, rendered
 
 BUCKET = "parts"
 OTHER = {"aws.greengrass.Cli": {"componentVersion": "2.12.0"}}
@@ -317,3 +321,66 @@ def test_the_fake_refuses_what_the_service_model_refuses(account):
         with pytest.raises(ClientError, match=says):
             client.create_deployment(**arguments)
     assert isinstance(connect(), Cloud)
+
+
+def page_lines():
+    """The page's commands, in their order."""
+    text = (ROOT / "docs" / "greengrass.md").read_text("utf-8")
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            yield shlex.split(line, comments=True)
+
+
+def test_the_commands_of_the_page_do_what_it_says(account, run, tmp_path, monkeypatch):
+    """In their order. Rendering, which needs wheels, is the stand-in's here, and the page's own in the slow test."""
+    account.buckets["my-components"] = {}
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for number, words in enumerate(page_lines()):
+        if words[:2] != ["edgecascade", "greengrass"]:
+            assert words[:2] == ["pip", "install"]
+            continue
+        if words[2] == "render":
+            options = dict(zip(words[3::2], words[4::2], strict=True))
+            rendered(tmp_path / options["--out"], options.get("--version", "0.1.0"), str(number))
+            done.append(("render", 0))
+            if "--version" in options:
+                run("publish", options["--out"], "--bucket", "my-components")
+            continue
+        status, _, err = run(*words[2:])
+        assert (status, err) == (0, ""), words
+        done.append((words[2], status))
+    assert [name for name, _ in done[:7]] == ["render", "lint", "publish", "publish", "deploy", "deploy", "status"]
+    merges = [one["components"][DISPATCHER].get("configurationUpdate", {}) for one in account.deployments]
+    assert json.loads(merges[1]["merge"]) == {"EDGE_URL": "https://store.example/function/edge"}
+    assert account.deployments[2]["components"][DEVICE]["configurationUpdate"] == {"reset": ["/MODEL_KEY_FILE"]}
+    assert account.deployments[3]["components"] == account.deployments[1]["components"]
+
+
+@pytest.mark.parametrize("component", [DEVICE, DISPATCHER])
+def test_the_greengrass_development_kit_builds_what_was_published(account, run, first, tmp_path, component):
+    """`gdk component build` holds a recipe against the kit's schema of recipes and looks for its artifacts in S3."""
+    gdk = shutil.which("gdk")
+    if not gdk:
+        pytest.skip(
+            "gdk, the Greengrass Development Kit CLI, is not installed (it is not on PyPI: see docs/greengrass.md)"
+        )
+    run("publish", first, "--bucket", BUCKET)
+    recipe = next(one["recipe"] for one in account.components.values() if one["name"] == component)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "recipe.yaml").write_bytes(recipe)
+    settings = {
+        "author": "tests", "version": "1.0.0", "build": {"build_system": "zip"},
+        "publish": {"bucket": BUCKET, "region": REGION},
+    }  # fmt: skip
+    (project / "gdk-config.json").write_text(json.dumps({"component": {component: settings}, "gdk_version": "1.3.0"}))
+    words, environment = [gdk, "component", "build"], dict(os.environ)
+    done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / "greengrass-build" / "recipes" / "recipe.yaml").is_file()
+    (project / "recipe.yaml").write_bytes(
+        recipe.replace(b"DependencyType: SOFT", b"DependencyType: LOOSE").replace(b"Unarchive: ZIP", b"Unarchive: TAR")
+    )
+    done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0  # it does look

@@ -2,6 +2,7 @@
 """A component's own steps, for real: installed offline from the shipped wheels, run, asked, stopped."""
 
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,13 @@ import httpx
 import psutil
 import pytest
 
-from deploy.errors import RecipeError
-from deploy.greengrass.build import read, render
-from deploy.greengrass.recipe import Naming
-from deploy.greengrass.wheels import PipGather, build_own
+from deploy.greengrass.build import read
 from tests.fakes import free_port, wait_until
-from tests.greengrass_rigs import DEVICE, DISPATCHER, PREFIX, ROOT, stack
+from tests.greengrass_rigs import DEVICE, DISPATCHER, ROOT
 from tests.nucleus import Nucleus
 
 pytestmark = pytest.mark.slow
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "aarch64"}.get(platform.machine(), "")
-PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +28,15 @@ def built(tmp_path_factory):
     if not ARCHITECTURE:
         pytest.skip(f"no wheels are shipped for {platform.machine()}")
     folder = tmp_path_factory.mktemp("greengrass")
-    chosen = stack("dispatcher", "device")
-    try:
-        own = build_own(ROOT, chosen.copies, folder)
-        gather = PipGather(own, ROOT / "constraints.txt", PYTHON)
-        naming = Naming(PREFIX, "0.1.0", "tests", PYTHON)
-        models = {"device": ROOT / "models" / "tiers" / "device"}
-        render(chosen, models, gather, naming, folder / "out", [ARCHITECTURE])
-    except RecipeError as error:
-        pytest.skip(f"the wheels cannot be had here: {error}")
-    return {component.name: component for component in read(folder / "out")}
+    page = (ROOT / "docs" / "greengrass.md").read_text("utf-8")
+    line = next(line for line in page.splitlines() if line.startswith("edgecascade greengrass render"))
+    words = [sys.executable, str(ROOT / "edgecascade.py"), *shlex.split(line)[1:], "--arch", ARCHITECTURE]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "cannot be" in done.stderr:
+        pytest.skip(f"the wheels cannot be had here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return {component.name: component for component in read(folder / "greengrass-build")}
 
 
 @pytest.fixture(scope="module")
