@@ -7,17 +7,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 
+import boto3
 import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
 
 import edgecascade
+from deploy.greengrass.build import read
 from deploy.greengrass.cloud import Cloud, connect
-from deploy.greengrass.publish import plan
+from deploy.greengrass.publish import plan, publish
 from tests.aws_fake import ACCOUNT, GROUP, REGION, Account, serving
 from tests.greengrass_rigs import DEVICE, DISPATCHER, ROOT, rendered
 
 BUCKET = "parts"
 OTHER = {"aws.greengrass.Cli": {"componentVersion": "2.12.0"}}
+
+
+# One for all tests: each new one reads the service models again, which takes most of a test's time.
+NEW_SESSION, SESSION = boto3.Session, cache(boto3.Session)
 
 
 @pytest.fixture
@@ -31,6 +40,7 @@ def account(monkeypatch):
         }.items():  # fmt: skip
             monkeypatch.setenv(key, value)
         monkeypatch.delenv("AWS_PROFILE", raising=False)
+        monkeypatch.setattr("boto3.Session", SESSION)
         monkeypatch.setattr("deploy.greengrass.publish.POLL_S", 0.01)
         monkeypatch.setattr("deploy.greengrass.target.POLL_S", 0.01)
         monkeypatch.setattr("deploy.greengrass.cloud._ATTEMPTS", 1)
@@ -185,9 +195,6 @@ def test_a_conflict_is_one_sentence_and_leaves_all_as_it_was(account, run, first
 
 
 def test_somebody_elses_equal_version_at_the_same_moment_is_no_conflict(account, first, monkeypatch):
-    from deploy.greengrass.build import read
-    from deploy.greengrass.publish import publish
-
     cloud = connect()
     steps = plan(read(first), cloud, BUCKET)
     publish(steps, cloud, lambda _: None, 5)
@@ -195,6 +202,18 @@ def test_somebody_elses_equal_version_at_the_same_moment_is_no_conflict(account,
         component["clientToken"] = "theirs"
     publish(steps, cloud, lambda _: None, 5)  # the create of the plan now meets theirs
     assert account.log.count("CreateComponentVersion") == 4
+
+
+def test_a_version_that_is_still_being_made_is_waited_for_and_not_deployed(account, run, first):
+    run("publish", first, "--bucket", BUCKET)
+    for component in account.components.values():
+        component["looked"] = -1
+    status, _, err = run("deploy", first, "--target", GROUP)
+    assert (status, "is still being made (REQUESTED)" in one_sentence(err)) == (1, True)
+    status, _, err = run("publish", first, "--bucket", BUCKET, "--wait", 0)
+    assert (status, "is still REQUESTED after 0 s; repeat the command" in one_sentence(err)) == (1, True)
+    assert run("publish", first, "--bucket", BUCKET)[0] == 0
+    assert run("deploy", first, "--target", GROUP)[0] == 0
 
 
 def test_a_failed_component_is_one_sentence_and_nothing_is_deployed(account, run, first, second):
@@ -251,6 +270,7 @@ def test_no_connection_at_all_and_no_credentials_are_one_sentence(account, run, 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     status, _, err = run("publish", first, "--bucket", BUCKET)
     assert (status, "AWS cannot be reached" in one_sentence(err)) == (1, True)
+    monkeypatch.setattr("boto3.Session", NEW_SESSION)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     status, _, err = run("publish", first, "--bucket", BUCKET)
@@ -303,10 +323,6 @@ def test_a_device_that_never_connected_is_not_heard_and_no_failure(account, run,
 
 
 def test_the_fake_refuses_what_the_service_model_refuses(account):
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import ClientError
-
     config = Config(parameter_validation=False, retries={"total_max_attempts": 1})
     client = boto3.client("greengrassv2", config=config)
     for arguments, says in (

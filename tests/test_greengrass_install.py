@@ -19,19 +19,34 @@ from tests.greengrass_rigs import DEVICE, DISPATCHER, ROOT
 from tests.nucleus import Nucleus
 
 pytestmark = pytest.mark.slow
+TIER = ROOT / "models" / "tiers" / "device"
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "aarch64"}.get(platform.machine(), "")
 
 
+def edgecascade(folder, *words):
+    """The command line, in a folder."""
+    words = [sys.executable, str(ROOT / "edgecascade.py"), *words]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Both components of the device site, with their true wheels."""
+def keys(tmp_path_factory):
+    """Where the keys of the sealed tier and what was rendered lie."""
+    return tmp_path_factory.mktemp("greengrass")
+
+
+@pytest.fixture(scope="module")
+def built(keys):
+    """Both components of the device site, with their true wheels and a sealed tier."""
     if not ARCHITECTURE:
         pytest.skip(f"no wheels are shipped for {platform.machine()}")
-    folder = tmp_path_factory.mktemp("greengrass")
+    folder = keys
     page = (ROOT / "docs" / "greengrass.md").read_text("utf-8")
     line = next(line for line in page.splitlines() if line.startswith("edgecascade greengrass render"))
-    words = [sys.executable, str(ROOT / "edgecascade.py"), *shlex.split(line)[1:], "--arch", ARCHITECTURE]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    key, signing = str(folder / "keys" / "seal.key"), str(folder / "keys" / "sign.key")
+    assert edgecascade(folder, "keys", "keys").returncode == 0
+    assert edgecascade(folder, "seal", str(TIER), "sealed", "--key-file", key, "--signing-key", signing).returncode == 0
+    done = edgecascade(folder, *shlex.split(line)[1:], "--arch", ARCHITECTURE, "--model", "device=sealed")
     if done.returncode != 0 and "cannot be" in done.stderr:
         pytest.skip(f"the wheels cannot be had here: {done.stderr}")
     assert done.returncode == 0, done.stderr
@@ -40,12 +55,15 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nucleus(built, tmp_path_factory):
+def nucleus(built, keys, tmp_path_factory):
     """Both installed, without any network."""
     made = Nucleus(tmp_path_factory.mktemp("root"), ARCHITECTURE)
     device, edge = free_port(), free_port()
     made.configuration = {
-        DEVICE: {"BIND": f"127.0.0.1:{device}", "PYTHON": sys.executable},
+        DEVICE: {
+            "BIND": f"127.0.0.1:{device}", "PYTHON": sys.executable,
+            "MODEL_KEY_FILE": str(keys / "keys" / "seal.key"), "MODEL_PUBLIC_KEY": str(keys / "keys" / "sign.pub"),
+        },
         DISPATCHER: {
             "BIND": f"127.0.0.1:{free_port()}", "PYTHON": sys.executable,
             "DEVICE_URL": f"http://127.0.0.1:{device}", "EDGE_URL": f"http://127.0.0.1:{edge}",
@@ -107,6 +125,13 @@ def test_the_installed_functions_answer_and_stop_within_five_seconds(running, nu
         print(f"{name}: stopped in {took_s:.2f} s with status {status}")
         assert status == 0
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_the_tier_is_sealed_on_the_device(nucleus):
+    folder = nucleus.root / "packages" / "artifacts" / DEVICE / "0.1.0"
+    for name in ("manifest.json", "manifest.sig", "layer-000.safetensors"):
+        assert (folder / name).is_file()
+    assert (folder / "layer-000.safetensors").read_bytes() != (TIER / "layer-000.safetensors").read_bytes()
 
 
 def test_a_function_whose_model_is_spoilt_ends_so_that_the_nucleus_knows(built, nucleus):

@@ -350,6 +350,16 @@ def test_a_secret_is_not_put_where_the_cloud_shows_it():
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_secret_in_the_stack_does_not_get_into_a_recipe(tmp_path):
+    device = stack("device")
+    secret = device.varied({"device": ("device", {"API_KEY": "hunter2"})})
+    with pytest.raises(RecipeError, match="API_KEY would be readable in the cloud") as caught:
+        render(secret, {"device": tier(tmp_path / "tier")}, Wheels(), NAMING, tmp_path / "out")
+    assert "hunter2" not in str(caught.value)
+    public = device.varied({"device": ("device", {"MODEL_PUBLIC_KEY": "/etc/sign.pub", "API_KEY": ""})})
+    assert render(public, {"device": tmp_path / "tier"}, Wheels(), NAMING, tmp_path / "out")
+
+
 # ---- wheels ----
 
 

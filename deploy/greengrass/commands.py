@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.errors import RecipeError
-from deploy.stack import Stack, load
 
 if TYPE_CHECKING:
     from deploy.greengrass.target import Result
+    from deploy.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("greengrass-build")
@@ -58,6 +58,7 @@ def render(
     from deploy.greengrass.build import render as write
     from deploy.greengrass.recipe import ARCHITECTURES, Naming
     from deploy.greengrass.wheels import PipGather, build_own
+    from deploy.stack import load
 
     unknown = set(arch or ()) - set(ARCHITECTURES)
     if unknown:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.errors import RecipeError
+from deploy.greengrass.recipe import is_secret
 
 ON_FAILURE = ("ROLLBACK", "DO_NOTHING")
 _POLICIES: dict[str, Any] = {"componentUpdatePolicy": {"timeoutInSeconds": 60, "action": "NOTIFY_COMPONENTS"}}
 _CARRIED = ("deploymentName", "iotJobConfiguration", "tags")
-_SECRET_KEYS = frozenset({"MODEL_KEY"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def changes(sets: Iterable[str], resets: Iterable[str], defaults: Mapping[str, M
         name, key = _place(place, defaults)
         if not equals:
             raise RecipeError(f"--set {word} must look like COMPONENT.KEY=VALUE")
-        if key in _SECRET_KEYS:
+        if is_secret(key):
             raise RecipeError(f"{key} would be readable in the cloud; set {key}_FILE, a file on the device")
         if "{" in value:
             raise RecipeError(f"--set {place}: the lite nucleus expands no '{{' in a configuration")

@@ -20,6 +20,8 @@ from deploy.greengrass.wheels import sha256
 
 DIGEST_TAG = "edgecascade:recipe-sha256"
 DIGEST_FIELD = "sha256"
+DEPLOYABLE = "DEPLOYABLE"
+IN_THE_MAKING = frozenset({"REQUESTED", "INITIATED"})
 POLL_S = 2.0
 Say = Callable[[str], None]
 Sleep = Callable[[float], None]
@@ -129,7 +131,10 @@ def _create(component: Component, cloud: Cloud, bucket: str) -> Step:
     if there is None:
         return wanted
     _same(wanted, there)
-    if there["status"]["componentState"] not in {"DEPLOYABLE", "REQUESTED", "INITIATED"}:
+    found = there["status"]["componentState"]
+    if found in IN_THE_MAKING:  # by a run that was cut off: asking again with the same token is the same request
+        return wanted
+    if found != DEPLOYABLE:
         raise failure(component.name, component.version, there["status"])
     return Kept(f"keep {component.name} {component.version}")
 
@@ -160,9 +165,9 @@ def _make(step: Create, cloud: Cloud, wait_s: float, sleep: Sleep) -> None:
     while True:
         there = state(cloud, step.name, step.version) or {"status": {"componentState": "REQUESTED"}}
         found = there["status"]["componentState"]
-        if found == "DEPLOYABLE":
+        if found == DEPLOYABLE:
             return
-        if found not in {"REQUESTED", "INITIATED"}:
+        if found not in IN_THE_MAKING:
             raise failure(step.name, step.version, there["status"])
         if waited_s >= wait_s:
             raise CloudError(f"{step.name} {step.version} is still {found} after {wait_s:.0f} s; repeat the command")

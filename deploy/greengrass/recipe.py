@@ -35,6 +35,7 @@ STATUS_TOPIC = "edgecascade/status"
 
 _MODEL_HOME = re.compile(r"^/home/app/tiers/")
 _PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$")
 _VENV = '"{work:path}/venv/bin/python"'
 _APP = "{artifacts:decompressedPath}/app-%s"
 
@@ -110,6 +111,11 @@ def peers(function: Function) -> list[str]:
     return list(dict.fromkeys(m["name"] for value in function.environment.values() for m in _PEER.finditer(value)))
 
 
+def is_secret(key: str) -> bool:
+    """Whether a setting holds a secret itself; a configuration can be read by whoever may look at the cloud."""
+    return bool(_SECRET.search(key)) and not key.endswith("PUBLIC_KEY")
+
+
 def text(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML; the same recipe gives the same text."""
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=True)
@@ -122,6 +128,10 @@ def _settings(function: Function) -> dict[str, str]:
     settings = {"BIND": f"127.0.0.1:{PORTS[function.name]}", "STATUS_TOPIC": f"{STATUS_TOPIC}/{function.name}"}
     for key, value in function.environment.items():
         if key not in WATCHDOG_KEYS and key not in _placed(function, Parts({})):
+            if value and is_secret(key):
+                raise RecipeError(
+                    f"{key} would be readable in the cloud; leave it out and set {key}_FILE, a file there"
+                )
             settings[key] = _PEER.sub(lambda m: f"http://127.0.0.1:{PORTS.get(m['name'], 9)}", value)
     if "POWER_SOURCES" in settings:
         settings["POWER_SOURCES"] = settings["POWER_SOURCES"] or "greengrass"

@@ -11,7 +11,7 @@ from deploy.greengrass import merge, target
 from deploy.greengrass.build import Component
 from deploy.greengrass.cloud import Cloud
 from deploy.greengrass.merge import Change
-from deploy.greengrass.publish import failure, state
+from deploy.greengrass.publish import DEPLOYABLE, IN_THE_MAKING, failure, state
 
 _EARLIER = 2
 
@@ -67,5 +67,8 @@ def _deployable(name: str, version: str, cloud: Cloud) -> None:
     there = state(cloud, name, version)
     if there is None:
         raise CloudError(f"{name} {version} is not published; publish it first: edgecascade greengrass publish")
-    if there["status"]["componentState"] != "DEPLOYABLE":
+    found = there["status"]["componentState"]
+    if found in IN_THE_MAKING:
+        raise CloudError(f"{name} {version} is still being made ({found}); repeat the command in a minute")
+    if found != DEPLOYABLE:
         raise failure(name, version, there["status"])
