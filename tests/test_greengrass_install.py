@@ -153,7 +153,7 @@ def test_a_wheel_that_was_exchanged_is_not_installed(built, nucleus):
     wheels = (
         nucleus.root / "packages" / "artifacts-unarchived" / DISPATCHER / "0.1.0" / f"app-{ARCHITECTURE}" / "wheels"
     )
-    wheel = next(wheels.glob("httpx-*"))
+    wheel = next(wheels.glob("flask-*"))
     content = wheel.read_bytes()
     wheel.write_bytes(content + b"\0")
     try:
