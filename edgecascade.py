@@ -21,6 +21,7 @@ from bench.commands import app as bench_app
 from bench.errors import BenchError
 from bench.simulate.commands import simulate
 from deploy.errors import DeployError
+from deploy.greengrass.commands import app as greengrass_app
 from functions.serving.secrets import SecretError
 from functions.serving.settings import ConfigError
 from models.errors import ModelError
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(simulate)
+app.add_typer(greengrass_app, name="greengrass")
 rules_app = typer.Typer(help="Check what the dispatcher says without a model.", no_args_is_help=True)
 app.add_typer(rules_app, name="rules")
 kubernetes_app = typer.Typer(help="Manifests for Kubernetes, from stack.yml.", no_args_is_help=True)

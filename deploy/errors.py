@@ -4,7 +4,9 @@ DeployError
 ├── StackError      stack.yml cannot be read, or names what is not there
 ├── ManifestError   a Kubernetes manifest or kustomization cannot be read, or names what is not there
 ├── ImageError      an image cannot be built
-└── StartError      a process of the bundle did not start, or did not get ready
+├── StartError      a process of the bundle did not start, or did not get ready
+├── RecipeError     a Greengrass component that cannot be made, or that a nucleus would reject
+└── CloudError      AWS refused, cannot be reached, or says that something failed
 """
 
 
@@ -26,3 +28,11 @@ class StartError(DeployError):
 
 class ManifestError(DeployError):
     """A file under deploy/kubernetes is missing or malformed, or there is no overlay of that name."""
+
+
+class RecipeError(DeployError):
+    """A Greengrass component cannot be made of what is there, or a nucleus would reject it."""
+
+
+class CloudError(DeployError):
+    """AWS refused, did not answer, or reports a failure."""

@@ -1,0 +1,1 @@
+"""The stack as components of AWS IoT Greengrass v2, for both of its nuclei: classic and lite."""
