@@ -128,13 +128,13 @@ def _settings(function: Function) -> dict[str, str]:
     settings = {"BIND": f"127.0.0.1:{PORTS[function.name]}", "STATUS_TOPIC": f"{STATUS_TOPIC}/{function.name}"}
     for key, value in function.environment.items():
         if key not in WATCHDOG_KEYS and key not in _placed(function, Parts({})):
-            if value.startswith(SECRETS_FOLDER):  # a core device has no such folder: its operator names the file
-                value = ""
             if value and is_secret(key):
                 raise RecipeError(
                     f"{key} would be readable in the cloud; leave it out and set {key}_FILE, a file there"
                 )
-            settings[key] = _PEER.sub(lambda m: f"http://127.0.0.1:{PORTS.get(m['name'], 9)}", value)
+            # A core device has no folder of secrets: its operator names the file.
+            is_file = value.startswith(SECRETS_FOLDER)
+            settings[key] = "" if is_file else _PEER.sub(lambda m: f"http://127.0.0.1:{PORTS.get(m['name'], 9)}", value)
     if "POWER_SOURCES" in settings:
         settings["POWER_SOURCES"] = settings["POWER_SOURCES"] or "greengrass"
         settings["POWER_TOPIC"] = settings.get("POWER_TOPIC") or BATTERY_TOPIC
