@@ -97,8 +97,9 @@ def site_of(start: Start, wanted_ms: Mapping[str, float] | None, network_ms: flo
     if wanted_ms is None:
         return Site(network_ms=network_ms)
     console = terminal()
-    console.print(f"slowing the tiers to {wanted_ms} ms, two trials of {min(TRIAL_QUERIES, len(queries))} queries")
-    return slowed_to(start, wanted_ms, network_ms, queries[:TRIAL_QUERIES], console.print)
+    some = queries[:: max(1, len(queries) // TRIAL_QUERIES)]
+    console.print(f"slowing the tiers to {wanted_ms} ms, trials of {len(some)} queries")
+    return slowed_to(start, wanted_ms, network_ms, some, console.print)
 
 
 def cascade(

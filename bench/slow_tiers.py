@@ -19,6 +19,8 @@ from bench.queries import Query
 TIERS = ("device", "edge")
 _SETTING = "SLOWDOWN"
 _LEAST, _MOST = 1.0, 1000.0
+_TRIALS = 3
+WARM_UP = 12
 _LEAST_STEP = 0.25
 """Two trials closer together than this tell more about the noise than about the tier."""
 
@@ -68,7 +70,7 @@ def slowed_to(
     """The site at which replies through the dispatcher take `wanted_ms` on average; a tier that is slower stays so."""
     trials: list[tuple[Site, Mapping[str, float]]] = []
     site = Site(network_ms=network_ms)
-    for _ in range(2):
+    for _ in range(_TRIALS):
         found = _means(start, site, queries)
         trials.append((site, found))
         say(", ".join(f"{n}: {found[n]:.1f} ms at slowdown {site.slowdown[n]:.2f}" for n in TIERS))
@@ -79,15 +81,15 @@ def slowed_to(
 
 
 def solve(trials: Sequence[tuple[float, float]], wanted_ms: float) -> float:
-    """The slowdown at which a reply takes `wanted_ms`, from (slowdown, ms) of one or two trials; at least 1.
+    """The slowdown at which a reply takes `wanted_ms`, from (slowdown, ms) of trials, the last two of them; at least 1.
 
     After one trial, all of the time is taken to be the passes'.
     """
     slowdown, taken_ms = trials[-1]
-    if len(trials) == 1 or abs(trials[1][0] - trials[0][0]) < _LEAST_STEP:
+    if len(trials) == 1 or abs(trials[-1][0] - trials[-2][0]) < _LEAST_STEP:
         found = slowdown * wanted_ms / taken_ms
     else:
-        (k1, ms1), (k2, ms2) = trials
+        (k1, ms1), (k2, ms2) = trials[-2:]
         slope = (ms2 - ms1) / (k2 - k1)
         found = k2 + (wanted_ms - ms2) / slope if slope > 0 else slowdown
     return min(_MOST, max(_LEAST, found))
@@ -96,5 +98,6 @@ def solve(trials: Sequence[tuple[float, float]], wanted_ms: float) -> float:
 def _means(start: Start, site: Site, queries: Sequence[Query]) -> dict[str, float]:
     dispatchers = {"dispatcher": Variant("dispatcher")}
     with staged(start, site, dispatchers) as stage, Client(stage.running.urls["dispatcher"]) as client:
+        ask_all(client, queries[:WARM_UP], TIERS)  # the first replies of a process take many times as long
         answered = ask_all(client, queries, TIERS)
     return {name: mean([a.replies[name].latency_ms for a in answered]) or 0.0 for name in TIERS}

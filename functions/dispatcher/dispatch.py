@@ -43,8 +43,9 @@ from routing.route import TIGHT
 
 MODELS = ("auto", "device", "edge")
 _OUT_OF_SCOPE = "out_of_scope"
-_REPLY_S = 0.003
-"""Kept back from the deadline, or a twentieth of the time where that is less: an answer has to be written too."""
+_REPLY_S = 0.008
+_REPLY_SHARE = 0.1
+"""Kept back from the deadline, whichever is less: what came before us and what comes after takes time too."""
 _LOOK_EVERY_S = 0.25
 """How often one who waits looks whether the caller is still there."""
 
@@ -119,7 +120,7 @@ class _Run:
         self._policy = dispatcher.policy()
         self._ask = ask
         self._clocked = clocked
-        self._expires = clocked.expires - min(_REPLY_S, (clocked.expires - clocked.started) / 20)
+        self._expires = clocked.expires - min(_REPLY_S, _REPLY_SHARE * (clocked.expires - clocked.started))
         self._request = _request(ask)
         self._observed = Observed()
         self._calls: dict[str, Call] = {}
