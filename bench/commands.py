@@ -204,7 +204,7 @@ def chaos(
     deadline: Annotated[float, typer.Option(min=1, help="Of each request, ms.")] = 250.0,
     kind: Annotated[list[str] | None, typer.Option(help="This fault; may be given again. All by default.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Length of each rate around saturation; 0: none.")] = 5.0,
-    slowdown: Annotated[float, typer.Option(min=1, help="Of both tiers: what stands for slower machines.")] = 4.0,
+    slowdown: Annotated[float, typer.Option(min=1, help="Of both tiers: what stands for slower machines.")] = 2.0,
     data: BenchData = None,
     as_json: Json = False,
 ) -> None:

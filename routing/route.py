@@ -26,7 +26,7 @@ def route(policy: Policy, conditions: Conditions, request: Request, observed: Ob
     Each tier is asked once per purpose, and once more after a broken connection if the retry budget allows. Once the
     time is up or the battery is critical nobody is asked or waited for: the best answer so far is the reply.
     """
-    if _is_local_only(policy, request):
+    if is_local_only(policy, request):
         request = replace(request, local_only=True)
     if request.skill == CHAT:
         step = _chat(policy, conditions, request, observed)
@@ -42,7 +42,8 @@ def threshold_of(policy: Policy, request: Request, calibrated: float | None) -> 
     return next((value for value in candidates if value is not None), 1.0)
 
 
-def _is_local_only(policy: Policy, request: Request) -> bool:
+def is_local_only(policy: Policy, request: Request) -> bool:
+    """Whether nothing of the request may leave the device site, by its own wish or by the policy's."""
     return request.local_only or request.skill in policy.local_only_skills
 
 

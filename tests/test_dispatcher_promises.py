@@ -275,6 +275,22 @@ def test_local_only_sends_not_one_byte_to_the_edge(start: ExitStack, fault: Any,
     assert (edge.received, edge.connections) == (0, 0)
 
 
+def test_local_only_sends_no_probe_either(start: ExitStack) -> None:
+    """The edge is left alone after failures; whoever may ask it would have it probed."""
+    device_url = start.enter_context(served(tier_app(FakeTier(card("device")))))
+    edge_url, edge = start.enter_context(listening(resetting))
+    client = dispatcher_app(device_url, edge_url, policy=policy(local_only_skills=["home"])).test_client()
+    for _ in range(6):
+        ask(client, "maybe hello")
+    wait_until(lambda: ask(client, "maybe hello")["reason"] == "edge_unavailable")
+    time.sleep(0.6)  # a probe is due
+    received, connections = edge.received, edge.connections
+    ask(client, "maybe hello", {"X-Data-Class": "local-only"})
+    ask(client, "maybe hello", skill="home")
+    time.sleep(0.05)
+    assert (edge.received, edge.connections) == (received, connections)
+
+
 def test_local_only_sends_nothing_while_the_device_is_slow_and_hedging_is_free(start: ExitStack) -> None:
     device = FakeTier(card("device"))
     device_url = start.enter_context(served(tier_app(device)))

@@ -39,7 +39,7 @@ from routing import (
 from routing.energy import Figures, Saving
 from routing.policy import OnEscalation
 from routing.power import Power, PowerMode
-from routing.route import TIGHT
+from routing.route import TIGHT, is_local_only
 
 MODELS = ("auto", "device", "edge")
 _OUT_OF_SCOPE = "out_of_scope"
@@ -122,6 +122,7 @@ class _Run:
         self._clocked = clocked
         self._expires = clocked.expires - min(_REPLY_S, _REPLY_SHARE * (clocked.expires - clocked.started))
         self._request = _request(ask)
+        self._local_only = is_local_only(self._policy, self._request)
         self._observed = Observed()
         self._calls: dict[str, Call] = {}
         self._entries: dict[Call, Entry] = {}
@@ -200,7 +201,7 @@ class _Run:
         tiers, power = self._dispatcher, self._power()
         conditions = Conditions(
             device_up=tiers.device.is_up(),
-            edge_up=tiers.edge.is_up(),
+            edge_up=not self._local_only and tiers.edge.is_up(),  # which may send a probe
             remaining_ms=1e3 * (self._expires - tiers.clock()),
             power=power,
             may_hedge=tiers.hedges.available,
