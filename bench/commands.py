@@ -205,6 +205,8 @@ def chaos(
     kind: Annotated[list[str] | None, typer.Option(help="This fault; may be given again. All by default.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Length of each rate around saturation; 0: none.")] = 5.0,
     slowdown: Annotated[float, typer.Option(min=1, help="Of both tiers: what stands for slower machines.")] = 2.0,
+    flood_device: Annotated[float, typer.Option(min=1, help="SLOWDOWN of the device in the floods.")] = 13.0,
+    flood_edge: Annotated[float, typer.Option(min=1, help="Of the edge: as here, 38 and 92 ms, or so.")] = 2.85,
     data: BenchData = None,
     as_json: Json = False,
 ) -> None:
@@ -216,15 +218,16 @@ def chaos(
     from bench.chaos import KINDS, Plan
     from bench.errors import BenchError
     from bench.measure import chaos as measure
+    from bench.saturation import Flooding
     from bench.slow_tiers import TIERS, Site
 
     rooms: Rooms = context.obj
     kinds = kind or list(KINDS)
     for name in set(kinds) - set(KINDS):
         raise BenchError(f"fault '{name}' is unknown; use {', '.join(KINDS)}")
-    site = Site(dict.fromkeys(TIERS, slowdown))
-    plan = Plan(requests, callers, deadline)
-    measure(rooms.start, _queries(rooms, data, list(SKILLS), 100), site, plan, kinds, seconds, as_json=as_json)
+    site, flooded = Site(dict.fromkeys(TIERS, slowdown)), Site({"device": flood_device, "edge": flood_edge})
+    plan, queries = Plan(requests, callers, deadline), _queries(rooms, data, list(SKILLS), 100)
+    measure(rooms.start, queries, site, plan, kinds, Flooding(flooded, seconds), as_json=as_json)
 
 
 @app.command("autoscale")

@@ -156,14 +156,14 @@ def chaos(
     site: Site,
     plan: Plan,
     kinds: Sequence[str],
-    seconds: float,
+    floods: saturation.Flooding,
     *,
     as_json: bool,
 ) -> None:
     """Break the tiers, then flood them, and print what came of it; raises `BenchError`."""
     with bar("breaking") as report:
         found = cases(start, site, queries, plan, kinds, report)
-    most, steps = saturation.around(start, site, queries, plan.deadline_ms, seconds) if seconds else (0.0, [])
+    most, steps = saturation.around(start, floods, queries, plan.deadline_ms) if floods.seconds else (0.0, [])
     if as_json:
         beyond = {"saturation": saturation.as_dict(most, steps)} if steps else {}
         print(json.dumps({"faults": as_dict(found), **beyond}))

@@ -40,20 +40,27 @@ class Step:
     rejected_worst_ms: float | None
     unanswered: int
     sources: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 LOADS = (0.5, 1.0, 1.5, 2.0, 5.0)
 _CALLERS = (2, 4, 8, 16)
 
 
-def around(
-    start: Start, site: Site, queries: Sequence[Query], deadline_ms: float, seconds: float
-) -> tuple[float, list[Step]]:
-    """(saturation, steps): what the bundle serves in time at most to callers that wait their turn; then open loop around it.
+@dataclass(frozen=True)
+class Flooding:
+    """How slow the tiers are, and the length of each rate in seconds."""
+
+    site: Site
+    seconds: float
+
+
+def around(start: Start, floods: Flooding, queries: Sequence[Query], deadline_ms: float) -> tuple[float, list[Step]]:
+    """(saturation, steps): what is served in time at most to callers that wait their turn; then open loop around it.
 
     No proxy lies between here: it would share this process with the load generator.
     """
-    with start({_DISPATCHER: Variant(_DISPATCHER), **tier_variants(site)}) as running:
+    with start({_DISPATCHER: Variant(_DISPATCHER), **tier_variants(floods.site)}) as running:
         flood = Flood(running.urls[_DISPATCHER], [request(query, "auto", deadline_ms) for query in queries])
         flood.closed(2, 20)
         most = max(goodput(flood.closed(callers, 20 * callers), deadline_ms) for callers in _CALLERS)
@@ -61,9 +68,9 @@ def around(
             raise BenchError("no request was answered in time; allow a longer deadline")
         steps = []
         for number, load in enumerate(LOADS):
-            answers = flood.open(poisson(load * most, seconds, seed=number + 1))
+            answers = flood.open(poisson(load * most, floods.seconds, seed=number + 1))
             steps.append(step(load, load * most, answers, deadline_ms))
-            time.sleep(min(1.0, seconds))  # let what still runs end
+            time.sleep(min(1.0, floods.seconds))  # let what still runs end
     return most, steps
 
 
@@ -90,6 +97,7 @@ def step(load: float, rate: float, answers: Sequence[Answer], deadline_ms: float
         rejected_worst_ms=max(refused, default=None),
         unanswered=len(answers) - len(answered) - len(refused),
         sources=dict(Counter(str(a.extra.get("source")) for a in answered)),
+        reasons=dict(Counter(str(a.extra.get("reason")) for a in answered)),
     )
 
 

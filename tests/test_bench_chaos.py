@@ -110,7 +110,7 @@ def test_real_processes_broken_in_every_way():
 
 @pytest.mark.slow
 def test_real_processes_under_a_flood_answer_or_refuse():
-    most, steps = saturation.around(start_processes, SITE, QUERIES, 400.0, seconds=1.5)
+    most, steps = saturation.around(start_processes, saturation.Flooding(SITE, 1.5), QUERIES, 400.0)
     assert most > 0
     assert [s.load for s in steps] == list(saturation.LOADS)
     assert all(s.unanswered == 0 for s in steps)

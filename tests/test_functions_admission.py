@@ -27,8 +27,8 @@ def filled(gate: Gate, count: int) -> Iterator[ExitStack]:
 
 def test_a_free_place_costs_no_wait() -> None:
     gate = Gate(2, 0)
-    with gate.admitted(inf) as waited_s:
-        assert (waited_s, gate.inflight) == (0.0, 1)
+    with gate.admitted(inf) as place:
+        assert (place.waited_s, gate.inflight) == (0.0, 1)
     assert gate.inflight == 0
 
 
@@ -71,9 +71,9 @@ def test_who_waited_longest_is_next() -> None:
     gate, order = Gate(1, 3), list[int]()
 
     def work(number: int) -> None:
-        with gate.admitted(inf) as waited_s:
+        with gate.admitted(inf) as place:
             order.append(number)
-            assert waited_s > 0
+            assert place.waited_s > 0
 
     with ThreadPoolExecutor(3) as pool, filled(gate, 1):
         for number in range(3):
@@ -116,11 +116,29 @@ def test_late_answers_close_places_and_timely_ones_open_them_again() -> None:
     timed = Timed(8)
     timed.answers(10, took_s=0.1, granted_s=1)
     assert timed.gate.limit == 8
-    timed.answers(40, took_s=1, granted_s=1)
-    assert timed.gate.limit == 2, "a quarter stays open"
+    timed.answers(60, took_s=1, granted_s=1)
+    assert timed.gate.limit == 1, "one place stays open"
     for _ in range(100):
         timed.answers(1, took_s=0.1, granted_s=1, together=timed.gate.limit)
     assert timed.gate.limit == 8
+
+
+def test_what_is_answered_without_the_tier_opens_no_place_and_for_want_of_it_closes_some() -> None:
+    timed = Timed(8)
+    timed.answers(10, took_s=0.1, granted_s=1)
+    timed.answers(60, took_s=1, granted_s=1)
+    for _ in range(100):
+        with timed.gate.admitted(timed.now + 1) as place:
+            place.is_answer = False
+            timed.now += 0.001
+    assert timed.gate.limit == 1
+    timed = Timed(8)
+    timed.answers(10, took_s=0.1, granted_s=1)
+    for _ in range(60):
+        with timed.gate.admitted(timed.now + 1) as place:
+            place.is_answer, place.is_late = False, True
+            timed.now += 0.001
+    assert timed.gate.limit == 1
 
 
 def test_one_with_no_time_to_begin_with_closes_nothing() -> None:
@@ -151,11 +169,11 @@ def test_a_turn_that_came_too_late_is_passed_on() -> None:
             outcomes.append(f"{granted_s} out")
 
     with ThreadPoolExecutor(2) as pool, filled(timed.gate, 1):
-        for number, granted_s in enumerate((3, 50)):
+        for number, granted_s in enumerate((5, 50)):
             pool.submit(work, granted_s)
             wait_until(lambda n=number: timed.gate.waiting == n + 1)  # type: ignore[misc]
-        timed.now += 2
-    assert sorted(outcomes) == ["3 out", "50 in"]
+        timed.now += 4
+    assert sorted(outcomes) == ["5 out", "50 in"]
     assert (timed.gate.inflight, timed.gate.waiting) == (0, 0)
 
 

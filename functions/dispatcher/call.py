@@ -30,6 +30,8 @@ _CONNECT_S = 1.0
 _CLIENT_ERRORS = range(400, 500)
 _UNAUTHORISED = 401
 _UNREACHED = frozenset({502, 503, 504})
+_FULL = frozenset({"overloaded", "deadline"})
+"""What our functions say when they let nobody in (`functions/serving/admission.py`)."""
 
 
 class TierFailedError(Exception):
@@ -207,7 +209,9 @@ class Call:
         elif not self._exchange.is_connected:
             raise UnreachedError
         elif self._is_ours:
-            yield self._failed(f"{self.name}_timeout")
+            self.close()
+            self._health.timed_out(self._ask.skill, self.waited_s)
+            yield TierFailedError(f"{self.name}_timeout")
         else:
             self.run_out()
             yield TierFailedError("deadline")
@@ -219,7 +223,7 @@ class Call:
 
     def _not_ok(self, status: int, said: Any) -> Exception:
         """What a status other than 200 means; all but a refusal of the request is a failure of the tier."""
-        if status == TOO_MANY:  # it is full, and well
+        if status == TOO_MANY or _code(said) in _FULL:  # it is full, and well
             self.close()
             return TierFailedError(f"{self.name}_busy")
         at_fault = status in _CLIENT_ERRORS and status != _UNAUTHORISED  # the key is ours, not the caller's
@@ -254,6 +258,11 @@ def as_json(body: bytes) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         return None
+
+
+def _code(body: Any) -> Any:
+    error = body.get("error") if isinstance(body, dict) else None
+    return error.get("code") if isinstance(error, dict) else None
 
 
 def _refusal(status: int, body: Any) -> ApiError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class Health:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._recent: dict[str, Recent] = {}
+        self._answered_at = -math.inf
 
     def takes_s(self, skill: str, share: float) -> float | None:
         """What that share of its last answers to the skill took at most, network included; None: too few to say."""
@@ -46,6 +48,7 @@ class Health:
 
     def answered(self, skill: str, took_s: float | None) -> None:
         """It answered; `took_s` is None where that says nothing of the next time."""
+        self._answered_at = self.clock()
         self.breaker.answered()
         if took_s is not None:
             self._note(skill, took_s)
@@ -65,7 +68,14 @@ class Health:
         unknown = self.takes_s(skill, 0.99) is None
         is_silent = unknown and not is_cut and waited_s >= _LEAST_PATIENCE_S
         if is_silent or self._is_long(skill, waited_s):
-            self.failed(skill, waited_s)
+            self.timed_out(skill, waited_s)
+
+    def timed_out(self, skill: str, waited_s: float) -> None:
+        """It took longer than it may. One that answered somebody else meanwhile is busy, not sick."""
+        if self._is_long(skill, waited_s):
+            self._note(skill, waited_s)
+        if self._answered_at < self.clock() - waited_s:
+            self.breaker.failed()
 
     def _is_long(self, skill: str, waited_s: float) -> bool:
         """Longer than usual: that counts too, so that time-outs grow with a tier that has become slow.

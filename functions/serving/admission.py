@@ -1,6 +1,6 @@
 """Who gets in: so many at work, so many waiting by deadline, everyone else is refused at once.
 
-How many are at work adapts: one in ten fewer each time an answer comes late that should not have, one more after as
+How many are at work adapts: three in ten fewer each time an answer comes late that should not have, one more after as
 many timely ones as there are places (additive increase, multiplicative decrease).
 """
 
@@ -19,10 +19,10 @@ from functions.serving.recent import Recent
 
 _LOOK_EVERY_S = 0.1
 """How often one who waits looks whether the caller is still there."""
-_DECREASE = 0.9
-_LEAST_SHARE = 0.25
+_DECREASE = 0.7
+_LEAST_SHARE = 1 / 12
 """Of `max_inflight`: a tier that is slow for another reason must not shut the door altogether."""
-_LATE_SHARE = 0.05
+_LATE_SHARE = 0.1
 """An answer that used up its time but for this share was cut short by its deadline."""
 _LONGEST_RETRY_AFTER_S = 60
 
@@ -35,6 +35,18 @@ class _Turn:
     number: int
     called: threading.Event = field(default_factory=threading.Event, compare=False)
     hopeless: bool = field(default=False, compare=False)
+
+
+@dataclass
+class Place:
+    """One request at work, which waited so long for that. What is answered without its tier says `is_answer` False.
+
+    `is_late`: nothing better was had in time; else whether the answer is late is told by when it comes.
+    """
+
+    waited_s: float
+    is_answer: bool = True
+    is_late: bool = False
 
 
 class Gate:
@@ -76,20 +88,20 @@ class Gate:
         return self._inflight >= self.limit and len(self._queue) >= self._queue_limit
 
     @contextmanager
-    def admitted(self, expires: float, gone: Callable[[], bool] = lambda: False) -> Iterator[float]:
-        """Hold a place while the block runs; gives the seconds it waited.
+    def admitted(self, expires: float, gone: Callable[[], bool] = lambda: False) -> Iterator[Place]:
+        """Hold a place while the block runs; gives it, for the block to say what came of it.
 
         `expires` is when, on the clock, waiting is of no more use. Raises `OverloadedError` when the queue is full or
         there is no hope (at once) or the time is up, and `ClientLeftError` once the caller is `gone`.
         """
         came = self._clock()
-        waited_s = self._enter(came, expires, gone)
+        place = Place(self._enter(came, expires, gone))
         try:
             if gone():
                 raise ClientLeftError
-            yield waited_s
+            yield place
         finally:
-            self._leave(came, came + waited_s, expires)
+            self._leave(place, came, expires)
 
     def _enter(self, came: float, expires: float, gone: Callable[[], bool]) -> float:
         with self._lock:
@@ -123,11 +135,14 @@ class Gate:
             if turn.hopeless:
                 raise self._too_late()
 
-    def _leave(self, came: float, began: float, expires: float) -> None:
+    def _leave(self, place: Place, came: float, expires: float) -> None:
         with self._lock:
-            now = self._clock()
-            self._adapt(now, began, came, expires)
-            self._took.add(now - began, now)
+            now, began = self._clock(), came + place.waited_s
+            late = place.is_late or now - came >= (1 - _LATE_SHARE) * (expires - came)
+            if late or place.is_answer:
+                self._adapt(now, began, expires - came, late=late)
+            if place.is_answer:
+                self._took.add(now - began, now)
             self._inflight -= 1
             while self._queue and self._inflight < self.limit:
                 turn = heapq.heappop(self._queue)  # the place goes straight to whoever has the earliest deadline
@@ -135,10 +150,10 @@ class Gate:
                 self._inflight += not turn.hopeless
                 turn.called.set()
 
-    def _adapt(self, now: float, began: float, came: float, expires: float) -> None:
+    def _adapt(self, now: float, began: float, granted_s: float, *, late: bool) -> None:
         """One place more or fewer. Who never had the time that answers take says nothing about the load."""
-        granted_s, usual_s = expires - came, self._took.percentile(0.5, now)
-        if now - came >= (1 - _LATE_SHARE) * granted_s:
+        usual_s = self._took.percentile(0.5, now)
+        if late:
             if usual_s is not None and granted_s > usual_s and now >= self._next_decrease:
                 self._limit = max(1.0, _LEAST_SHARE * self._max_inflight, _DECREASE * self._limit)
                 self._next_decrease = now + (now - began)  # what is at work now was let in before
@@ -146,13 +161,13 @@ class Gate:
             self._limit = min(self._max_inflight, self._limit + 1 / self._limit)
 
     def _has_no_hope(self, turn: _Turn) -> bool:
-        """Whether those with an earlier deadline alone will probably take up the turn's time."""
+        """Whether those with an earlier deadline will probably leave the turn too little time for its own answer."""
         now = self._clock()
         usual_s = self._took.percentile(0.5, now)
         if usual_s is None:
             return False
         before = sum(other < turn for other in self._queue) + 1
-        return turn.expires - now < usual_s * before / self.limit
+        return turn.expires - now < usual_s * (1 + before / self.limit)
 
     def _too_late(self) -> OverloadedError:
         return self._overloaded(503, "the deadline passed, or would pass, while the request waits", "deadline")

@@ -6,7 +6,8 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from contextlib import closing
+from typing import Any, Protocol, cast
 
 from flask import Flask, Response, request
 
@@ -106,8 +107,14 @@ class _Desk:
         return render.whole(ask, answer, as_text=ask.shape is Shape.INVOKE and as_text())
 
     def _admitted(self, ask: Ask, started: float, expires: float, gone: Callable[[], bool]) -> Iterator[Event]:
-        with self._site.gate.admitted(expires, gone) as queued_s:
-            yield from self._service.events(ask, Clocked(started, expires, queued_s, gone))
+        with self._site.gate.admitted(expires, gone) as place:
+            events = self._service.events(ask, Clocked(started, expires, place.waited_s, gone))
+            with closing(cast("Any", events)):
+                for event in events:
+                    if isinstance(event, End) and event.report.degraded:
+                        place.is_answer = False
+                        place.is_late = event.report.reason == "deadline" or event.report.reason.endswith("_busy")
+                    yield event
 
     def _counted(self, events: Events) -> Iterator[Event]:
         for event in events:
