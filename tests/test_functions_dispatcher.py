@@ -320,7 +320,7 @@ def failure_of(client: TierClient, remaining_s: float = 1.0, traffic: Traffic | 
         (replying(500, b'{"error": {"message": "x"}}'), "edge_error"),
         (replying(503, b"no endpoints"), "edge_unavailable"),
         (replying(503, b'{"error": {"message": "x", "code": "not_ready"}}'), "edge_unavailable"),
-        (replying(503, b'{"error": {"message": "x", "code": "deadline"}}'), "edge_busy"),
+        (replying(503, b'{"error": {"message": "x", "code": "deadline"}}'), "deadline"),
         (replying(502), "edge_unavailable"),
         (replying(404, b"404 page not found"), "edge_unavailable"),
         (replying(429, b'{"error": {"message": "x"}}'), "edge_busy"),

@@ -30,8 +30,8 @@ _CONNECT_S = 1.0
 _CLIENT_ERRORS = range(400, 500)
 _UNAUTHORISED = 401
 _UNREACHED = frozenset({502, 503, 504})
-_FULL = frozenset({"overloaded", "deadline"})
-"""What our functions say when they let nobody in (`functions/serving/admission.py`)."""
+_NO_TIME = "deadline"
+"""What our functions say when they let nobody in who would be late (`functions/serving/admission.py`)."""
 
 
 class TierFailedError(Exception):
@@ -223,9 +223,9 @@ class Call:
 
     def _not_ok(self, status: int, said: Any) -> Exception:
         """What a status other than 200 means; all but a refusal of the request is a failure of the tier."""
-        if status == TOO_MANY or _code(said) in _FULL:  # it is full, and well
+        if status == TOO_MANY or _code(said) == _NO_TIME:  # it is full, and well
             self.close()
-            return TierFailedError(f"{self.name}_busy")
+            return TierFailedError("deadline" if _code(said) == _NO_TIME else f"{self.name}_busy")
         at_fault = status in _CLIENT_ERRORS and status != _UNAUTHORISED  # the key is ours, not the caller's
         refusal = _refusal(status, said) if at_fault else None
         if refusal is not None:
