@@ -21,6 +21,7 @@ from functions.dispatcher.policy_file import PolicyWatch
 from functions.dispatcher.savings import Savings
 from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.answering import Service, add_routes
+from functions.serving.garbage import collect_seldom
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.web import EXTENSION, Site, create_base
 
@@ -36,6 +37,7 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
     if config is None:
         app = create_app(DispatcherConfig.from_environment(os.environ))
         site = app.extensions[EXTENSION]
+        collect_seldom()
         drain_on_sigterm(site.drain, site.common.linger_s)
         return app
     policy = PolicyWatch(config.policy)

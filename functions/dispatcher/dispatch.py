@@ -123,7 +123,7 @@ class _Run:
         self._expires = clocked.expires - min(_REPLY_S, _REPLY_SHARE * (clocked.expires - clocked.started))
         self._request = _request(ask)
         self._local_only = is_local_only(self._policy, self._request)
-        self._observed = Observed()
+        self._outcomes: dict[str, Outcome | None] = {"device": None, "edge": None, "chat": None}
         self._calls: dict[str, Call] = {}
         self._entries: dict[Call, Entry] = {}
         self._attempts: dict[str, int] = {}
@@ -224,12 +224,11 @@ class _Run:
 
     def _seen(self) -> Observed:
         """What came back, and how long the others have been asked."""
-        pending = {
-            uses: _pending(call)
-            for uses, call in self._calls.items()
-            if isinstance(getattr(self._observed, uses), Pending)
+        seen = {
+            uses: _pending(self._calls[uses]) if isinstance(outcome, Pending) else outcome
+            for uses, outcome in self._outcomes.items()
         }
-        return replace(self._observed, **pending) if pending else self._observed
+        return Observed(**seen)
 
     def _put(self, step: Step) -> None:
         """Ask the tier that the step names, if the budget that it needs still has something."""
@@ -306,7 +305,7 @@ class _Run:
     def _note(self, call: Call, happening: Happening) -> None:
         """See what came of a call; one that was given up for another says nothing any more."""
         uses = next((uses for uses, known in self._calls.items() if known is call), None)
-        if uses is not None and isinstance(getattr(self._observed, uses), Pending):
+        if uses is not None and isinstance(self._outcomes[uses], Pending):
             self._see(uses, call, happening)
 
     def _see(self, uses: str, call: Call, happening: Happening) -> None:
@@ -336,7 +335,7 @@ class _Run:
             tiers.savings.device_answered(skill)
 
     def _observe(self, uses: str, outcome: Outcome) -> None:
-        self._observed = replace(self._observed, **{uses: outcome})
+        self._outcomes[uses] = outcome
 
     def _whole(self, step: Step, answer: TierReply) -> Iterator[Event]:
         report = self._report(step, answer.report)
@@ -388,7 +387,8 @@ class _Run:
     def _report(self, step: Step, said: Report) -> Report:
         """What the tier said of itself, with the dispatcher's route, reason and costs."""
         cut_short = said.degraded and not step.degraded
-        calibrated = self._observed.device.threshold if isinstance(self._observed.device, Answer) else None
+        device = self._outcomes["device"]
+        calibrated = device.threshold if isinstance(device, Answer) else None
         judged = said.frame is not None
         return said.model_copy(
             update={

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from flask import Flask
 
+from functions.serving.garbage import collect_seldom
 from functions.serving.settings import TierConfig
 from functions.serving.signals import drain_on_sigterm
 from functions.serving.tier_app import create_tier_app, create_tier_server
@@ -31,5 +32,6 @@ def create_shard_server(environment: Mapping[str, str]) -> Flask:
     if shard is None:
         return create_tier_server(_NAME)
     app = create_head(config, shard) if shard.is_head else create_shard(config, shard)
+    collect_seldom()
     drain_on_sigterm(app.extensions[EXTENSION].drain)
     return app

@@ -29,6 +29,7 @@ from functions.federation.state.follow import Follower
 from functions.federation.state.log import StateLog
 from functions.federation.state.sqlite import SqliteLog
 from functions.serving.answering import add_routes
+from functions.serving.garbage import collect_seldom
 from functions.serving.openapi import Extra
 from functions.serving.settings import ConfigError
 from functions.serving.signals import drain_on_sigterm
@@ -43,6 +44,7 @@ def create_app(config: FederationConfig | None = None) -> Flask:
     if config is None:
         app = create_app(FederationConfig.from_environment(os.environ))
         site = app.extensions[EXTENSION]
+        collect_seldom()
         drain_on_sigterm(site.drain, site.common.linger_s)
         return app
     site = Site.create(NAME, config.common)

@@ -5,7 +5,7 @@ Each app owns its registry, so several apps live in one process. Nothing is labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,23 @@ CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.
 _LABELS = ("node_id", "shard_id", "model_version")
 
 
+@dataclass(frozen=True)
+class _Series:
+    """What every answer of one model version counts in; `seconds` by the names of `Timing`."""
+
+    prompt: Counter
+    completion: Counter
+    seconds: Mapping[str, Histogram]
+    confidence: Histogram
+
+
 class Metrics:
     """The series of one function."""
 
     def __init__(self, node_id: str, shard_id: str) -> None:
         self._registry = CollectorRegistry()
         self._site = {"node_id": node_id, "shard_id": shard_id}
+        self._by_version: dict[str, _Series] = {}
         self._requests = self._counter("requests", "Answered requests.", "route", "reason")
         self._rejections = self._counter("rejections", "Requests refused or broken off, by error code.", "code")
         self._deadlines = self._counter(
@@ -72,20 +83,31 @@ class Metrics:
         self._registry.register(_Collector(collect, self._labels(self._version)))
 
     def answered(self, report: Report, usage: Usage) -> None:
-        """Count one answer. Labels go by place here, in the order of `_LABELS` and what follows: that is faster."""
-        labels = (*self._site.values(), report.model_version or NO_VERSION)
+        """Count one answer."""
+        version = report.model_version or NO_VERSION
+        series = self._by_version.get(version) or self._series_of(version)
+        labels = (*self._site.values(), version)
         self._requests.labels(*labels, report.route, report.reason).inc()
         if report.route == "escalated" or (report.route, report.reason) == ("chat", "out_of_scope"):
             self._escalations.labels(*labels, report.reason).inc()
-        self._tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
-        self._tokens.labels(*labels, "completion").inc(usage.completion_tokens)
-        timing = report.timing_ms
-        self._total.labels(*labels).observe(timing.total / 1e3)
-        for part, series in self._parts.items():
-            series.labels(*labels).observe(getattr(timing, part) / 1e3)
-        self._first_token.labels(*labels).observe(timing.first_token / 1e3)
+        series.prompt.inc(usage.prompt_tokens)
+        series.completion.inc(usage.completion_tokens)
+        for part, histogram in series.seconds.items():
+            histogram.observe(getattr(report.timing_ms, part) / 1e3)
         if report.confidence is not None:
-            self._confidence.labels(*labels).observe(report.confidence)
+            series.confidence.observe(report.confidence)
+
+    def _series_of(self, version: str) -> _Series:
+        """Looked up once: finding a series by its labels takes longer than counting. Versions are few."""
+        labels = (*self._site.values(), version)
+        histograms = {"total": self._total, **self._parts, "first_token": self._first_token}
+        found = self._by_version[version] = _Series(
+            prompt=self._tokens.labels(*labels, "prompt"),
+            completion=self._tokens.labels(*labels, "completion"),
+            seconds={part: histogram.labels(*labels) for part, histogram in histograms.items()},
+            confidence=self._confidence.labels(*labels),
+        )
+        return found
 
     def deadline(self, deadline_class: str, outcome: str) -> None:
         """Count one deadline of a class: `kept`, `late`, or `failed`, where an error came in place of an answer."""

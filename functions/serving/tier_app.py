@@ -13,6 +13,7 @@ from flask import Flask
 from functions.serving.answering import add_routes
 from functions.serving.ask import Ask, Clocked
 from functions.serving.events import Events
+from functions.serving.garbage import collect_seldom
 from functions.serving.lifecycle import Drain, Loading
 from functions.serving.replies import ModelEntry, ModelFacts
 from functions.serving.settings import KeySettings, TierConfig
@@ -66,6 +67,7 @@ def create_tier_server(name: str, load: Load | None = None) -> Flask:
     """The app of a server's process: settings from the environment, drained on SIGTERM."""
     app = create_tier_app(TierConfig.from_environment(os.environ, name), load)
     site = app.extensions[EXTENSION]
+    collect_seldom()
     drain_on_sigterm(site.drain, site.common.linger_s)
     return app
 
