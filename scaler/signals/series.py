@@ -51,7 +51,7 @@ class Buckets:
         rank, low, below = q * self.count, 0.0, 0.0
         for bound, upto in self.cumulative:
             if upto >= rank and upto > below:
-                return low if math.isinf(bound) else low + (bound - low) * (rank - below) / (upto - below)
+                return low if math.isinf(bound) else min(bound, low + (bound - low) * (rank - below) / (upto - below))
             low, below = (low if math.isinf(bound) else bound), upto
         return low
 
