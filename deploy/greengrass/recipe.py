@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from deploy.errors import RecipeError
-from deploy.local.plan import BIND, IN_CLUSTER_GATEWAY, WATCHDOG_KEYS
+from deploy.local.plan import BIND, PEER, WATCHDOG_KEYS
 from deploy.stack import SECRETS_FOLDER, Function
 
 FORMAT_VERSION = "2020-01-25"
@@ -34,7 +34,6 @@ BATTERY_TOPIC = "edgecascade/battery"
 STATUS_TOPIC = "edgecascade/status"
 
 _MODEL_HOME = re.compile(r"^/home/app/tiers/")
-_PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$")
 _VENV = '"{work:path}/venv/bin/python"'
 _APP = "{artifacts:decompressedPath}/app-%s"
@@ -108,7 +107,7 @@ def make(function: Function, parts: Parts, naming: Naming, neighbours: Sequence[
 
 def peers(function: Function) -> list[str]:
     """The functions that this one calls behind the cluster's gateway, in the order of stack.yml."""
-    return list(dict.fromkeys(m["name"] for value in function.environment.values() for m in _PEER.finditer(value)))
+    return list(dict.fromkeys(m["name"] for value in function.environment.values() for m in PEER.finditer(value)))
 
 
 def is_secret(key: str) -> bool:
@@ -134,7 +133,7 @@ def _settings(function: Function) -> dict[str, str]:
                 )
             # A core device has no folder of secrets: its operator names the file.
             is_file = value.startswith(SECRETS_FOLDER)
-            settings[key] = "" if is_file else _PEER.sub(lambda m: f"http://127.0.0.1:{PORTS.get(m['name'], 9)}", value)
+            settings[key] = "" if is_file else PEER.sub(lambda m: f"http://127.0.0.1:{PORTS.get(m['name'], 9)}", value)
     if "POWER_SOURCES" in settings:
         settings["POWER_SOURCES"] = settings["POWER_SOURCES"] or "greengrass"
         settings["POWER_TOPIC"] = settings.get("POWER_TOPIC") or BATTERY_TOPIC

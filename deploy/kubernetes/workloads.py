@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.errors import StackError
-from deploy.local.plan import BIND, IN_CLUSTER_GATEWAY, WATCHDOG_KEYS
-from deploy.stack import Function, Stack
+from deploy.local.plan import BIND, PEER, WATCHDOG_KEYS
+from deploy.stack import SECRETS_FOLDER, Function, Stack
 
 Manifest = dict[str, Any]
 
@@ -24,8 +24,6 @@ DEVICE_SITE = "device-site"
 PORT = 8080
 # Endpoints are told of a pod's end while it still gets requests: it goes on for so long before it stops accepting.
 LEAVE_S = 5
-_SECRETS = "/var/openfaas/secrets"
-_PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 
 
 def plain(stack: Stack) -> list[Manifest]:
@@ -128,7 +126,7 @@ def _container(function: Function, port: int, beside: Mapping[str, int]) -> Mani
     named = "http" if port == PORT else f"http-{port}"
     mounts: list[Manifest] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the one place where the image may write
     if function.secrets:
-        mounts.append({"name": _secrets(function)["name"], "mountPath": _SECRETS, "readOnly": True})
+        mounts.append({"name": _secrets(function)["name"], "mountPath": SECRETS_FOLDER.rstrip("/"), "readOnly": True})
     return {
         "name": function.name,
         "image": function.image,
@@ -188,7 +186,7 @@ def _peers(value: str, beside: Mapping[str, int]) -> str:
         name = found["name"]
         return f"http://127.0.0.1:{beside[name]}" if name in beside else f"http://{name}:{PORT}"
 
-    return _PEER.sub(address, value)
+    return PEER.sub(address, value)
 
 
 def _labels(name: str) -> dict[str, str]:

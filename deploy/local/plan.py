@@ -25,7 +25,7 @@ PASSED_ON = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "SSL_CERT_FILE", "EDGECASCADE_HOME"}
 )
 # The address of a function, alone or in a list of them.
-_PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
+PEER = re.compile(rf"http://{re.escape(IN_CLUSTER_GATEWAY)}(:\d+)?/function/(?P<name>[^/,]+)")
 GATEWAY_COMMAND = (
     "gunicorn --bind 127.0.0.1:8080 --worker-class gthread --workers 1 --threads 256 --keep-alive 75 "
     "--graceful-timeout 60 --timeout 120 --no-control-socket deploy.local.gateway:create_app()"
@@ -127,4 +127,4 @@ def _local(value: str, ports: Mapping[str, int], gateway_port: int, site: Site) 
             f"http://127.0.0.1:{ports[name]}" if name in ports else f"http://127.0.0.1:{gateway_port}/function/{name}"
         )
 
-    return _PEER.sub(peer, here(value, site))
+    return PEER.sub(peer, here(value, site))

@@ -283,7 +283,6 @@ class Exchange:
         self._link: _Link | None = link
         self._request = request
         self._addresses = list(rest)
-        self._is_new = link.is_new
         self._step: Callable[[], bool] = self._connected if link.is_new else self._send
         self._blocked, self._wants_write = False, True
         self._out = memoryview(request)
@@ -336,11 +335,6 @@ class Exchange:
     def is_connected(self) -> bool:
         """True once the other side has taken the connection."""
         return self._step in {self._send, self._receive}
-
-    @property
-    def is_reused(self) -> bool:
-        """True if the connection had served another request before: it may have been closed meanwhile."""
-        return not self._is_new
 
     @property
     def interest(self) -> int:

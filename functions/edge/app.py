@@ -33,5 +33,6 @@ def create_shard_server(environment: Mapping[str, str]) -> Flask:
         return create_tier_server(_NAME)
     app = create_head(config, shard) if shard.is_head else create_shard(config, shard)
     collect_seldom()
-    drain_on_sigterm(app.extensions[EXTENSION].drain)
+    site = app.extensions[EXTENSION]
+    drain_on_sigterm(site.drain, site.common.linger_s)
     return app

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import httpx
 from pydantic import ValidationError
 
+from functions.federation.traffic import request_bytes, response_bytes
 from functions.serving.ask import CHAT, Ask, Message, Shape
 from functions.serving.errors import RefusedError
 from functions.serving.events import NetworkBytes, Report, Usage
 from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.replies import ModelFacts
-from functions.serving.traffic import request_bytes, response_bytes
 from routing.votes import Ballot
 
 _REPLY_BYTES = 4 << 20

@@ -32,7 +32,7 @@ def cut(graph: bytes, span: Span, layers: range) -> bytes:
         wanted.add("carried")
     else:
         wanted |= {output.name for output in model.graph.output if not output.name.startswith("present_")}
-    _keep(model, _needed(nodes, wanted), wanted)
+    _keep(model, needed(nodes, wanted), wanted)
     if layers.stop < span.stop:
         model.graph.output.append(_like(model.graph.input, "x", "carried"))
     return bytes(model.SerializeToString())
@@ -68,7 +68,7 @@ def _ended(nodes: list[Any], layer: int) -> list[Any]:
     return [total if node is joint else node for node in nodes if "carried" not in node.output or node is joint]
 
 
-def _needed(nodes: list[Any], wanted: Collection[str]) -> list[Any]:
+def needed(nodes: list[Any], wanted: Collection[str]) -> list[Any]:
     """Of the nodes, in their order, those that some value wanted depends on."""
     missing, kept = set(wanted), []
     for node in reversed(nodes):

@@ -15,6 +15,7 @@ from onnx import ModelProto, helper
 from models.artifact.names import BLOCK, Span
 from models.artifact.shape import LlamaShape
 from models.errors import ArtifactError
+from models.runtime.cut import needed
 from models.runtime.ranks import Array
 
 _ADD_AND_NORM, _NORM = "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
@@ -71,7 +72,7 @@ class Halves:
         eps = next(a for a in before.attribute if a.name == "epsilon")
         first = helper.make_node(_NORM, ["x", norm], [normed], axis=-1, epsilon=eps.f)
         memories = {f"present_{kind}.{layer}" for layer in cached for kind in ("key", "value")}
-        inner = _needed([node for node in self._nodes if normed not in node.output], {result, *memories})
+        inner = needed([node for node in self._nodes if normed not in node.output], {result, *memories})
         nodes = [first, *map(_copy, inner)]
         constants = {c.name: _copy(c) for c in self._model.graph.initializer}
         for node in nodes:
@@ -130,16 +131,6 @@ class Halves:
         made = helper.make_graph(nodes, "half", inputs, [wide, *results], initializers)
         model = helper.make_model(made, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         return bytes(model.SerializeToString()), {name: value for name, value in weights.items() if name in used}
-
-
-def _needed(nodes: Sequence[Any], wanted: Collection[str]) -> list[Any]:
-    """Of the nodes, in their order, those that some value wanted depends on."""
-    missing, kept = set(wanted), []
-    for node in reversed(nodes):
-        if missing.intersection(filter(None, node.output)):
-            missing.update(filter(None, node.input))
-            kept.append(node)
-    return kept[::-1]
 
 
 def _copy(value: Any) -> Any:
