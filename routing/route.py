@@ -132,8 +132,11 @@ def _frame(  # noqa: PLR0911  # one line for each way that two tiers can stand
     if isinstance(edge, Answer):
         return _edge_answer(conditions, request, observed)
     if _is_edge_first(conditions, request, observed) and not isinstance(edge, Failure):
-        wanted = Step(Kind.ASK_EDGE, "edge", "edge", "requested" if request.tier == "edge" else "battery")
-        return _wait() if edge else _ask(Kind.ASK_EDGE, wanted, observed.edge)
+        wanted = Step(Kind.ASK_EDGE, "edge", "edge", "requested" if request.tier == "edge" else "energy")
+        is_saving = conditions.power.mode is not PowerMode.NORMAL
+        if edge or (is_saving and isinstance(observed.device, Pending)):  # one at a time while saving
+            return _wait()
+        return _ask(Kind.ASK_EDGE, wanted, observed.edge)
     device = _standing(observed.device, _device_barred(conditions), conditions)
     if device is None:
         first = Step(Kind.ASK_DEVICE, "device", "device", "requested" if request.tier == "device" else "first")
@@ -186,7 +189,7 @@ def _edge_answer(conditions: Conditions, request: Request, observed: Observed) -
         return Step(Kind.ANSWER, "edge", "escalated", "low_confidence")
     reason = "requested" if request.tier == "edge" else "device_unavailable"
     if _is_edge_first(conditions, request, observed) and request.tier != "edge":
-        reason = "battery"
+        reason = "energy"
     if isinstance(observed.device, Failure):
         reason = observed.device.reason
     if isinstance(observed.device, Pending):
