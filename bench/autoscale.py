@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from bench import plot as plots
 from bench.bundle import Autoscaled, Scaling, Variant
@@ -17,6 +16,7 @@ from bench.load import poisson
 from bench.metrics import percentile
 from bench.progress import terminal
 from bench.queries import Query
+from bench.recording import Look, read_record
 
 FUNCTION = "device"
 SKILL = "home"
@@ -53,16 +53,6 @@ class Plan:
         calm = [WAKE_S + t for t in poisson(self.low, CALM_S, 1) if t > CALM_S / 4]
         step = [begins_s + t for t in poisson(self.high, self.seconds, 2)]
         return [WAKE_S, *calm, *step, *(ends_s + t for t in poisson(self.low, self.after_s, 3))]
-
-
-@dataclass(frozen=True)
-class Look:
-    """One line of the recording, its time since the first."""
-
-    at_s: float
-    wanted: int
-    ready: int
-    in_flight: float
 
 
 @dataclass(frozen=True)
@@ -114,15 +104,6 @@ def _run(
     requests = [request(query, FUNCTION, prefix=f"/function/{FUNCTION}") for query in queries]
     with autoscaled({FUNCTION: Variant(FUNCTION, slow)}, scaling) as url:
         return Flood(url, requests).open(arrivals)
-
-
-def read_record(path: Path) -> list[Look]:
-    """The autoscaler's recording."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [
-        Look(line["time_s"] - lines[0]["time_s"], line["wanted"], line["ready"], line["in_flight"] or 0.0)
-        for line in lines
-    ]
 
 
 def figures(plan: Plan, answers: Sequence[Answer], looks: Sequence[Look]) -> Figures:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench import figures
 from bench.cascade import Frontier
@@ -14,9 +13,7 @@ from bench.flood import Answer
 from bench.links import Run
 from bench.load import Shot
 from bench.metrics import Point, Row
-
-if TYPE_CHECKING:
-    from bench.autoscale import Look  # which draws with us
+from bench.recording import Look
 
 
 def trade_off(points: Sequence[Point], row: Row | None, oracle: Row | None, title: str, path: Path) -> None:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench.autoscale import SETTLED_S, WAKE_S, Figures, Look, Plan, describe, figures, measure, read_record
+from bench.autoscale import SETTLED_S, WAKE_S, Figures, Plan, describe, figures, measure
 from bench.flood import Answer
 from bench.queries import Query
+from bench.recording import Look, read_record
 from tests.fakes import served
 
 PLAN = Plan(low=0.5, high=4.0, seconds=60.0, after_s=30.0, slo_s=1.0)
