@@ -20,9 +20,9 @@ from models.errors import AbandonedError, ArtifactError, PromptTooLongError
 from models.runtime.decode import Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings
 from models.runtime.exchange import Threads
+from models.runtime.ranked import ranks_of
 from models.runtime.ranks import Rank, part, split
 from models.runtime.sessions import EngineOptions, segments
-from models.runtime.ranked import ranks_of
 from models.runtime.tensor import TensorDecoder, ThreadGroup
 from models.runtime.tier import Limits
 from tests.test_families import write_folder

@@ -103,7 +103,8 @@ class TensorSequence:
         *before, last = chunks(ids, self._gone)
         for chunk in before:
             self._read(chunk, Want.NOTHING)
-        return self._read(last, Want.TOKEN)[0]
+        logits: Floats = self._read(last, Want.TOKEN)[0]
+        return logits
 
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
