@@ -201,7 +201,7 @@ def _opened(artifact: Artifact, variant: str, rank: Rank, options: EngineOptions
         weights = part(artifact.tensors(*files), rank, whole)
         for kind in (ATTENTION, MLP):
             half = halves.half(layer, kind, weights)
-            found.append(open_session(*half, options, f"{kind} of layer {layer}"))
+            found.append(open_session(*half, options, f"{kind} of layer {layer}", one_of_many=True))
     top = part(artifact.tensors(HEAD_FILE), rank, whole)
     norm = open_session(*halves.norm(top), options, "the last norm") if rank.number == 0 else None
     return _Variant(found, norm, open_session(*halves.head(top), options, "the head") if writes else None)
