@@ -98,6 +98,7 @@ def up(
     window: Annotated[float, typer.Option(min=0, help="Seconds that fewer must have been wanted.")] = 30.0,
     record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
     shards: Annotated[str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")] = "",
+    tensor: Annotated[str, typer.Option(help="Split a function's heads and columns over processes: edge=2.")] = "",
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
@@ -106,6 +107,7 @@ def up(
               EDGE_URL=http://127.0.0.1:9000/function/edge edgecascade up --site device --secrets .secrets
               edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
               edgecascade up --shards edge=2
+              edgecascade up --tensor edge=2
     """
     from deploy.local.up import serve, serve_autoscaled
 
@@ -114,8 +116,12 @@ def up(
     stack = _stack(tuple(only or ()), site)
     if secrets is None:
         _ensure_edge(stack)
+    if shards and tensor:
+        _fail("--shards and --tensor cut the same model in two ways; choose one")
     if shards:
         stack = _cut(stack, shards)
+    if tensor:
+        stack = _split(stack, tensor)
     if not autoscale:
         serve(stack, _settings(port, secrets))
         return
@@ -647,6 +653,15 @@ def _cut(stack: Stack, wish: str) -> Stack:
     folder = here(stack.only((name,)).functions[name].environment.get("MODEL_PATH", ""), _settings(0).site)
     parts = ranges(cut, Artifact.open(Path(folder)).manifest.architecture.n_layers)
     return sharded(stack, name, parts, free_ports(len(parts) - 1))
+
+
+def _split(stack: Stack, wish: str) -> Stack:
+    """The stack with a function in ranks."""
+    from deploy.local.process import free_ports
+    from deploy.local.ranks import parse_ranks, ranked
+
+    name, count = parse_ranks(wish)
+    return ranked(stack, name, free_ports(count - 1))
 
 
 def _settings(port: int, secrets: Path | None = None) -> Settings:

@@ -328,6 +328,32 @@ def links(
     measure(rooms.start, plan, plot, as_json=as_json)
 
 
+@app.command("ranked")
+def ranked(
+    context: typer.Context,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks; 1, the tier as it is, is among them.")] = "1,2",
+    delays: Annotated[str, typer.Option(help="Of the link between two ranks, one way, in ms.")] = "0,1,5",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of all ways; figures are their medians.")] = 5,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens an answer.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of each rank's engine, and of the unsplit tier's.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure what splitting a tier among ranks costs: time, CPU time and bytes a token, and what slower links do.
+
+    Examples: edgecascade bench ranked --json
+              edgecascade bench ranked --ranks 1,2,3,4 --delays 0
+    """
+    from bench.load import rates
+    from bench.measure import ranked as measure
+    from bench.ranked import Plan
+
+    rooms: Rooms = context.obj
+    counts, delays_ms = [int(count) for count in rates(ranks)], [float(delay) for delay in delays.split(",")]
+    plan = Plan(tier or rooms.home() / "edge", counts, rounds, tokens, delays_ms, threads)
+    measure(rooms.start, plan, as_json=as_json)
+
+
 @app.command("survival")
 def survival(
     context: typer.Context,

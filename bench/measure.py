@@ -14,6 +14,7 @@ from rich.console import Console
 from bench import links as links_of
 from bench import overhead as own_cost
 from bench import plot as plots
+from bench import ranked as ranked_of
 from bench import rolling as roll
 from bench import saturation, tables
 from bench import sites as two_sites
@@ -29,6 +30,7 @@ from bench.load import Load, Run, Shot, summary
 from bench.metrics import row
 from bench.progress import bar, terminal
 from bench.queries import Query
+from bench.sharded import n_layers
 from bench.slow_tiers import Site, slowed_to
 
 TIERS = ("device", "edge", "auto")
@@ -229,6 +231,19 @@ def links(start: Start, plan: links_of.Plan, plot: Path | None, *, as_json: bool
     console.print(f"bytes a token over a link: {up:.0f} there, {down:.0f} back")
     for d in run.delayed:
         console.print(f"{d.delay_ms:g} ms away: {d.token_ms:.2f} ms a token; compute and hops alone {d.limit_ms:.2f}")
+
+
+def ranked(start: Start, plan: ranked_of.Plan, *, as_json: bool) -> None:
+    """Measure what splitting a tier among ranks costs and print it; raises `BenchError`."""
+    with bar("asking") as report:
+        run = ranked_of.measure(start, plan, n_layers(plan.tier), report)
+    if as_json:
+        print(json.dumps(run.as_dict()))
+        return
+    terminal(stderr=False).print(tables.ranked_table(run.rows, f"{plan.tokens} tokens, {plan.threads} threads each"))
+    print(f"bytes a token between two ranks: {run.bytes_per_token_up:.0f} there, {run.bytes_per_token_down:.0f} back")
+    for d in run.delayed:
+        print(f"{d.delay_ms:g} ms away: {d.token_ms:.1f} ms a token; compute and {d.trips} ways alone {d.limit_ms:.1f}")
 
 
 def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:

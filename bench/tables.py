@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bench import figures, links
+from bench import figures, links, ranked
 from bench.cascade import Figures
 from bench.chaos import Case
 from bench.evaluate import Evaluation
@@ -138,6 +138,16 @@ def links_table(rows: Sequence[links.Row], title: str) -> Table:
     for r in rows:
         cells = (number(r.token_ms, 2), number(r.hop_ms, 2), number(r.together_tokens_s), percent(r.efficiency))
         table.add_row(str(r.shards), *cells, style=None if r.same else "red")
+    return table
+
+
+def ranked_table(rows: Sequence[ranked.Row], title: str) -> Table:
+    """What ranks cost, and how many answers were the unsplit tier's."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for name in ("ranks", "ms a token", "CPU ms a token", "same answers"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        table.add_row(str(r.ranks), number(r.token_ms, 2), number(r.cpu_ms, 2), f"{r.same} of {r.asked}")
     return table
 
 

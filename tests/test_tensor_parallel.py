@@ -20,9 +20,10 @@ from models.errors import AbandonedError, ArtifactError, PromptTooLongError
 from models.runtime.decode import Vocabulary, decode
 from models.runtime.engine import Decoder, Embeddings
 from models.runtime.exchange import Threads
+from models.runtime.ranked import ranks_of
 from models.runtime.ranks import Rank, part, split
 from models.runtime.sessions import EngineOptions, segments
-from models.runtime.tensor import TensorDecoder, ranks_of
+from models.runtime.tensor import TensorDecoder, ThreadGroup
 from models.runtime.tier import Limits
 from tests.test_families import write_folder
 from tests.tiny_models import NARROW_HEADS, SHAPE, NumpyLlama, quiet, random_tensors, write_gguf
@@ -33,13 +34,19 @@ IDS = [5, 9, 30, 2, 77, 14]
 SMOLLM2 = replace(SHAPE, n_heads=9, n_kv_heads=3, head_dim=64, width=576, mlp_width=1536)
 
 
+def decoder_of(artifact, count, options=OPTIONS):
+    group = ThreadGroup.open(artifact.keeping(), count, options)
+    embeddings = Embeddings(artifact.embeddings(), None, artifact.manifest.architecture.width)
+    return TensorDecoder(group, embeddings, "plain")
+
+
 def opened(artifact, count):
-    decoder = TensorDecoder.open(artifact.keeping(), count, OPTIONS)
+    decoder = decoder_of(artifact, count)
     try:
         with decoder.sequence() as sequence:
             yield sequence
     finally:
-        decoder.close()
+        decoder.group.close()
 
 
 def logits_of(artifact, count, pieces=(IDS,)):
@@ -196,7 +203,7 @@ def test_families_that_ranks_cannot_run_are_refused(tmp_path, family, says):
         HubSource(write_folder(tmp_path / "model", family, seed=1)), tmp_path / "edge", "fp32", None, quiet
     )
     with pytest.raises(ArtifactError, match=says):
-        TensorDecoder.open(artifact, 2, OPTIONS)
+        ThreadGroup.open(artifact, 2, OPTIONS)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
@@ -206,8 +213,8 @@ def test_stories260k_tells_its_stories_by_ranks(tmp_path_factory, count, request
         pytest.skip("the model stories260k is absent")
     out = tmp_path_factory.getbasetemp() / "stories-by-ranks"
     artifact = build(HubSource(folder), out, "fp32", None, quiet).keeping()
-    decoder = TensorDecoder.open(artifact, count, replace(OPTIONS, context=512))
-    request.addfinalizer(decoder.close)
+    decoder = decoder_of(artifact, count, replace(OPTIONS, context=512))
+    request.addfinalizer(decoder.group.close)
     vocabulary = Vocabulary(str, frozenset(artifact.manifest.eos_ids))
     for case in golden_cases(folder / "golden.json"):
         with decoder.sequence() as sequence:
@@ -222,7 +229,7 @@ def test_int8_stories_cannot_be_cut_inside_their_blocks(tmp_path):
         pytest.skip("the model stories260k is absent")
     artifact = build(HubSource(folder), tmp_path / "out", "int8", None, quiet)
     with pytest.raises(ArtifactError, match="shares scales in blocks of 64"):
-        TensorDecoder.open(artifact, 2, OPTIONS)
+        ThreadGroup.open(artifact, 2, OPTIONS)
 
 
 def test_a_sequence_can_be_reset_and_is_bounded(dense):
@@ -237,26 +244,26 @@ def test_a_sequence_can_be_reset_and_is_bounded(dense):
 
 
 def test_nobody_waits_for_the_answer(dense):
-    decoder = TensorDecoder.open(dense[0], 2, OPTIONS)
+    decoder = decoder_of(dense[0], 2)
     with decoder.sequence(gone=lambda: True) as sequence, pytest.raises(AbandonedError):
         sequence.logits(IDS)
-    decoder.close()
+    decoder.group.close()
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting(dense, monkeypatch):
-    decoder = TensorDecoder.open(dense[0], 3, OPTIONS)
-    good = decoder._ranks[1].run
+    decoder = decoder_of(dense[0], 3)
+    good = decoder.group.ranks[1].run
 
     def fail(*args, **rest):
         raise MemoryError
 
     with decoder.sequence() as sequence:
-        monkeypatch.setattr(decoder._ranks[1], "run", fail)
+        monkeypatch.setattr(decoder.group.ranks[1], "run", fail)
         with pytest.raises(MemoryError):
             sequence.logits(IDS)
-        monkeypatch.setattr(decoder._ranks[1], "run", good)
+        monkeypatch.setattr(decoder.group.ranks[1], "run", good)
         assert np.isfinite(sequence.logits(IDS)).all()
-    decoder.close()
+    decoder.group.close()
 
 
 def test_a_rank_holds_its_share_only(dense):

@@ -12,7 +12,8 @@ from deploy.stack import Stack
 _WISH = re.compile(r"(?P<name>[a-z][a-z0-9-]*)=(?:(?P<count>\d{1,3})|(?P<cuts>\d+-\d+(?:,\d+-\d+)+))")
 
 
-_CUTTABLE = "functions.edge."
+CUTTABLE = "functions.edge."
+"""What the command of a function that can be cut holds."""
 
 
 def parse_wish(text: str) -> tuple[str, str]:
@@ -44,7 +45,7 @@ def evenly(n_layers: int, count: int) -> list[range]:
 
 def sharded(stack: Stack, name: str, parts: Sequence[range], ports: Sequence[int]) -> Stack:
     """The stack with one function cut; the head keeps its name, `ports` are where the others listen for links."""
-    if _CUTTABLE not in stack.functions[name].fprocess:
+    if CUTTABLE not in stack.functions[name].fprocess:
         raise StackError(f"'{name}' cannot be cut; the edge tier can")
     if len(parts) == 1:
         return stack

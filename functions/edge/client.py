@@ -30,13 +30,19 @@ KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 200, 250
 
 @dataclass(frozen=True)
 class Hello:
-    """What this end says of itself: the model, and the first layer that its states are for; and sizes to check by."""
+    """What this end says of itself: the model, and the first layer that its states are for; and sizes to check by.
+
+    With ranks also which rank it calls, of how many, and a name for itself.
+    """
 
     model_digest: str
     first_layer: int
     width: int
     vocab_size: int
     tokens: int
+    rank: int = 0
+    ranks: int = 0
+    head: str = ""
 
 
 def options(message_bytes: int) -> list[tuple[str, int]]:
@@ -151,6 +157,9 @@ class GrpcLink:
                 first_layer=self._hello.first_layer,
                 variant=opening.variant,
                 remaining_ms=remaining_ms,
+                rank=self._hello.rank,
+                ranks=self._hello.ranks,
+                head=self._hello.head,
             )
         )
 

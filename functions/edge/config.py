@@ -27,22 +27,39 @@ class TlsSettings:
     peers: frozenset[str]
 
 
-@dataclass(frozen=True)
-class ShardConfig:
-    """One shard: its layers, and where replicas of those that come after listen, `host:port` each.
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """What a shard and a rank have in common.
 
-    `listen` is the port for the shard before, on loopback only without `tls`. `kv_bytes` bounds what keys and values
-    may take; a session that is silent for `idle_s` is ended. With `spin` the engine's threads wait busily in a pass.
+    `listen` is the port for who calls, on loopback only without `tls`. `kv_bytes` bounds what keys and values may take;
+    a session that is silent for `idle_s` is ended. With `spin` the engine's threads wait busily in a pass.
     """
 
-    layers: range
-    next: tuple[str, ...] = ()
     listen: int = 5051
-    states: Encoding = Encoding.FP32
     spin: bool = False
     kv_bytes: int = 512 << 20
     idle_s: float = 60.0
     tls: TlsSettings | None = None
+
+    @classmethod
+    def read(cls, environment: Environment) -> LinkConfig:
+        """Read the settings; raises `ConfigError`."""
+        return LinkConfig(
+            listen=environment.integer("SHARD_LISTEN", cls.listen, 0, 65535),
+            spin=bool(environment.integer("SHARD_SPIN", cls.spin, 0, 1)),
+            kv_bytes=environment.integer("SHARD_KV_MB", cls.kv_bytes >> 20, 1, 1 << 20) << 20,
+            idle_s=environment.number("SHARD_IDLE_MS", cls.idle_s * 1e3, 100, 3_600_000) / 1e3,
+            tls=_tls(environment),
+        )
+
+
+@dataclass(frozen=True)
+class ShardConfig(LinkConfig):
+    """One shard: its layers, and where replicas of those that come after listen, `host:port` each."""
+
+    layers: range
+    next: tuple[str, ...] = ()
+    states: Encoding = Encoding.FP32
 
     @property
     def is_head(self) -> bool:
@@ -56,18 +73,14 @@ class ShardConfig:
         text = environment.text("SHARD_LAYERS", "")
         if not text:
             return None
-        tls = _tls(environment)
+        link, after = LinkConfig.read(environment), environment.text("SHARD_NEXT", "")
         return cls(
             layers=_layers(text),
-            next=tuple(_address(part.strip(), tls) for part in environment.text("SHARD_NEXT", "").split(",") if part),
-            listen=environment.integer("SHARD_LISTEN", cls.listen, 0, 65535),
+            next=tuple(address("SHARD_NEXT", part.strip(), link.tls) for part in after.split(",") if part),
             states=Encoding[
                 environment.choices("SHARD_STATES", ("fp32",), [e.name.lower() for e in Encoding])[0].upper()
             ],
-            spin=bool(environment.integer("SHARD_SPIN", cls.spin, 0, 1)),
-            kv_bytes=environment.integer("SHARD_KV_MB", cls.kv_bytes >> 20, 1, 1 << 20) << 20,
-            idle_s=environment.number("SHARD_IDLE_MS", cls.idle_s * 1e3, 100, 3_600_000) / 1e3,
-            tls=tls,
+            **vars(link),
         )
 
 
@@ -78,12 +91,13 @@ def _layers(text: str) -> range:
     return range(int(found[1]), int(found[2]) + 1)
 
 
-def _address(text: str, tls: TlsSettings | None) -> str:
+def address(key: str, text: str, tls: TlsSettings | None) -> str:
+    """Check an address, `host:port`; raises `ConfigError`, which names the `key`."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError("SHARD_NEXT must list addresses like host:port, separated by commas")
+        raise ConfigError(f"{key} must list addresses like host:port, separated by commas")
     if tls is None and not is_loopback(host):
-        raise ConfigError("SHARD_NEXT names another machine, and plain links stay on loopback; set SHARD_TLS_CERT")
+        raise ConfigError(f"{key} names another machine, and plain links stay on loopback; set SHARD_TLS_CERT")
     return text
 
 

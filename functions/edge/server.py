@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
 from functions.edge import shard_pb2 as pb
 from functions.edge.client import options
-from functions.edge.config import ShardConfig
+from functions.edge.config import LinkConfig, ShardConfig
 from functions.edge.shard_pb2_grpc import ShardServicer, add_ShardServicer_to_server
 from functions.edge.tls import Identity
 from functions.edge.wire import (
@@ -28,6 +28,7 @@ from functions.edge.wire import (
     model_digest,
 )
 from functions.serving.web import log_failure
+from models.artifact.manifest import Manifest
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError, ShardsLostError
 from models.runtime.engine import CHUNK
 from models.runtime.links import Opening
@@ -57,29 +58,28 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 
 @dataclass(eq=False)
-class _Heard:
+class Heard:
     """When a session last said something, None while it is being answered."""
 
     context: Any
     since: float | None
 
 
-class ShardService(ShardServicer):
-    """Answers sessions with one stage; `leaving` says whether the process is about to stop."""
+class SessionService(ShardServicer):
+    """Takes sessions, and ends them; `leaving` says whether the process is about to stop."""
 
     def __init__(
         self,
-        stage: Stage,
-        beyond: Replicas | None,
-        config: ShardConfig,
+        manifest: Manifest,
+        config: LinkConfig,
         identity: Identity | None,
         leaving: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stage, self._beyond, self._config, self._identity = stage, beyond, config, identity
-        self._leaving, self._clock = leaving, clock
-        self._digest = model_digest(stage.manifest)
-        self._sessions: dict[int, _Heard] = {}
+        self.manifest, self.clock, self.leaving = manifest, clock, leaving
+        self._config, self._identity = config, identity
+        self._digest = model_digest(manifest)
+        self._sessions: dict[int, Heard] = {}
         self._ended = threading.Event()
 
     @property
@@ -90,7 +90,7 @@ class ShardService(ShardServicer):
     def watch(self) -> None:
         """End sessions that are silent for too long, until `stop`."""
         while not self._ended.wait(_SWEEP_S):
-            since = self._clock() - self._config.idle_s
+            since = self.clock() - self._config.idle_s
             for heard in list(self._sessions.values()):
                 if heard.since is not None and heard.since < since:
                     heard.context.cancel()
@@ -101,11 +101,11 @@ class ShardService(ShardServicer):
 
     def Session(self, request_iterator: Iterator[pb.ToShard], context: Any) -> Iterator[pb.FromShard]:  # noqa: N802
         """One request."""
-        heard = _Heard(context, self._clock())
+        heard = Heard(context, self.clock())
         self._sessions[id(heard)] = heard
         try:
             self._check_peer(context)
-            yield from self._answers(request_iterator, heard)
+            yield from self.answers(request_iterator, heard)
         except tuple(_STATUS) as error:
             _abort(context, next(code for kind, code in _STATUS.items() if isinstance(error, kind)), str(error))
         except grpc.RpcError:  # the other end is gone
@@ -117,38 +117,27 @@ class ShardService(ShardServicer):
         finally:
             del self._sessions[id(heard)]
 
-    def _answers(self, messages: Iterator[pb.ToShard], heard: _Heard) -> Iterator[pb.FromShard]:
-        opening = self._opening(next(messages, None))
-        shape, encoding = self._stage.manifest.architecture, self._config.states
-        with relay(self._stage, self._beyond, opening) as session:
-            yield pb.FromShard(opened=pb.Opened(), leaving=self._leaving())
-            for message in messages:
-                heard.since = None
-                if message.WhichOneof("what") != "piece":
-                    raise WireError("a session is opened once; after that come pieces")
-                answer = session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK))
-                if answer is not None:
-                    yield encode_answer(answer, encoding, leaving=self._leaving())
-                heard.since = self._clock()
+    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
+        """What a session is told."""
+        raise NotImplementedError
 
-    def _opening(self, message: pb.ToShard | None) -> Opening:
-        """Check that the caller's states continue here; raises `WireError`."""
+    def opened(self, message: pb.ToShard | None, called: str) -> pb.Open:
+        """Read what a session begins with, and check that it is for this model; raises `WireError`."""
         if message is None or message.WhichOneof("what") != "open":
             raise WireError("a session begins with 'open'")
-        said, layers = message.open, self._stage.layers
+        said = message.open
         if said.protocol != PROTOCOL:
-            raise MismatchError(f"the caller speaks protocol {said.protocol}, this shard {PROTOCOL}")
+            raise MismatchError(f"the caller speaks protocol {said.protocol}, this {called} {PROTOCOL}")
         if said.model_digest != self._digest:
-            m = self._stage.manifest
-            raise MismatchError(f"the caller has another model than this shard's {m.model_id} {m.model_version}")
-        if said.first_layer != layers.start:
-            raise MismatchError(
-                f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
-            )
+            m = self.manifest
+            raise MismatchError(f"the caller has another model than this {called}'s {m.model_id} {m.model_version}")
         if not 0 <= said.remaining_ms < math.inf:
             raise WireError("'remaining_ms' of 'open' is no time")
-        expires = self._clock() + said.remaining_ms / 1e3 if said.remaining_ms else math.inf
-        return Opening(said.variant, expires)
+        return said
+
+    def expires(self, said: pb.Open) -> float:
+        """When a session is of no use any more, on this clock."""
+        return self.clock() + said.remaining_ms / 1e3 if said.remaining_ms else math.inf
 
     def _check_peer(self, context: Any) -> None:
         if self._identity is None:
@@ -156,6 +145,48 @@ class ShardService(ShardServicer):
         names = [name.decode("utf-8", "replace") for name in context.auth_context().get(_ALTERNATIVE_NAMES, ())]
         if not self._identity.trusts(names):
             raise StrangerError("the caller's SPIFFE id is not among SHARD_PEERS")
+
+
+class ShardService(SessionService):
+    """Answers sessions with one stage."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        beyond: Replicas | None,
+        config: ShardConfig,
+        identity: Identity | None,
+        leaving: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(stage.manifest, config, identity, leaving, clock)
+        self._stage, self._beyond, self._encoding = stage, beyond, config.states
+
+    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
+        """Relay pieces and answers."""
+        opening = self._opening(next(messages, None))
+        shape, encoding = self.manifest.architecture, self._encoding
+        with relay(self._stage, self._beyond, opening) as session:
+            yield pb.FromShard(opened=pb.Opened(), leaving=self.leaving())
+            for message in messages:
+                heard.since = None
+                if message.WhichOneof("what") != "piece":
+                    raise WireError("a session is opened once; after that come pieces")
+                answer = session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK))
+                if answer is not None:
+                    yield encode_answer(answer, encoding, leaving=self.leaving())
+                heard.since = self.clock()
+
+    def _opening(self, message: pb.ToShard | None) -> Opening:
+        """Check that the caller's states continue here; raises `WireError`."""
+        said, layers = self.opened(message, "shard"), self._stage.layers
+        if said.ranks:
+            raise MismatchError(f"the caller looks for rank {said.rank} of {said.ranks}; this is a shard of layers")
+        if said.first_layer != layers.start:
+            raise MismatchError(
+                f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
+            )
+        return Opening(said.variant, self.expires(said))
 
 
 _ALTERNATIVE_NAMES = "x509_subject_alternative_name"
@@ -167,13 +198,21 @@ def _abort(context: Any, code: grpc.StatusCode, reason: str) -> NoReturn:
     raise AssertionError
 
 
+class Part(Protocol):
+    """A part of a model: a shard's or a rank's."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the whole."""
+
+
 class ShardServer:
     """The listening side; `start` it, and `stop` it with time for those at work."""
 
     def __init__(
-        self, service: ShardService, stage: Stage, config: ShardConfig, identity: Identity | None, sessions: int
+        self, service: SessionService, part: Part, config: LinkConfig, identity: Identity | None, sessions: int
     ) -> None:
-        shape = stage.manifest.architecture
+        shape = part.manifest.architecture
         self._service = service
         most = _STREAMS_A_SESSION * sessions  # some wait for a place
         self._server = grpc.server(

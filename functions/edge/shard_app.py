@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from functions.edge.client import Directory, GrpcLink, Hello
 from functions.edge.config import ShardConfig
-from functions.edge.server import ShardServer, ShardService
+from functions.edge.server import SessionService, ShardServer, ShardService
 from functions.edge.tls import Identity
 from functions.edge.wire import message_limit, model_digest
 from functions.serving.lifecycle import Drain, Loading
@@ -100,28 +100,38 @@ class Next:
 
     def wait(self, variant: str, stopped: Callable[[], bool]) -> None:
         """Return once a session can be opened, or when it is of no use any more."""
-        said = ""
-        while not stopped():
-            fault = self.fault(variant)
-            if fault is None:
-                return
-            if fault != said:
-                _LOG.info("waiting for the next shard: %s", fault)
-                said = fault
-            time.sleep(_AGAIN_S)
+        wait_for("the next shard", lambda: self.fault(variant), stopped)
 
     def metrics(self, labels: dict[str, str]) -> Iterator[Metric]:
         """What came of links, for Prometheus."""
-        stats = self.replicas.stats
-        for name, text, value in (
-            ("links_lost", "Sessions that lost the next shard.", stats.lost),
-            ("links_resumed", "Those that went on with another replica.", stats.resumed),
-            ("links_moved", "Sessions that left a shard before it stopped.", stats.moved),
-            ("links_ended", "Sessions that ended because no shard was left.", stats.ended),
-        ):
-            family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
-            family.add_metric(list(labels.values()), value)
-            yield family
+        return link_metrics([self.replicas], labels)
+
+
+def wait_for(whom: str, fault: Callable[[], str | None], stopped: Callable[[], bool]) -> None:
+    """Return once there is no fault, or when that is of no use any more."""
+    said = ""
+    while not stopped():
+        found = fault()
+        if found is None:
+            return
+        if found != said:
+            _LOG.info("waiting for %s: %s", whom, found)
+            said = found
+        time.sleep(_AGAIN_S)
+
+
+def link_metrics(replicas: Sequence[Replicas], labels: dict[str, str]) -> Iterator[Metric]:
+    """What came of links, for Prometheus."""
+    stats = [each.stats for each in replicas]
+    for name, text, value in (
+        ("links_lost", "Sessions that lost a shard that was called.", sum(s.lost for s in stats)),
+        ("links_resumed", "Those that went on with another replica.", sum(s.resumed for s in stats)),
+        ("links_moved", "Sessions that left a shard before it stopped.", sum(s.moved for s in stats)),
+        ("links_ended", "Sessions that ended because no shard was left.", sum(s.ended for s in stats)),
+    ):
+        family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        yield family
 
 
 # ---- the head ----
@@ -213,7 +223,7 @@ def create_shard(config: TierConfig, shard: ShardConfig) -> Flask:
         service = ShardService(stage, replicas, shard, identity, lambda: drain.draining)
         server = ShardServer(service, stage, shard, identity, options.sequences)
         site.metrics.expect(manifest.model_version)
-        site.metrics.add(lambda labels: _stage_metrics(service, stage, labels))
+        site.metrics.add(lambda labels: held_metrics(service, stage.held_bytes, labels))
         if further is not None:
             site.metrics.add(further.metrics)
         server.start()
@@ -240,10 +250,11 @@ def _variant(manifest: Manifest) -> str:
     return PLAIN if manifest.lm_head else FRAMES
 
 
-def _stage_metrics(service: ShardService, stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
+def held_metrics(service: SessionService, held_bytes: int, labels: dict[str, str]) -> Iterable[Metric]:
+    """What the sessions of this end take, for Prometheus."""
     for name, text, value in (
         ("shard_sessions", "Sessions at work.", service.open_sessions),
-        ("shard_held_bytes", "Set aside for keys and values.", stage.held_bytes),
+        ("shard_held_bytes", "Set aside for keys and values.", held_bytes),
     ):
         family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
         family.add_metric(list(labels.values()), value)

@@ -34,18 +34,24 @@ class ToShard(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms")
+    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "rank", "ranks", "head")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model_digest: str
     first_layer: int
     variant: str
     remaining_ms: float
-    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ...) -> None: ...
+    rank: int
+    ranks: int
+    head: str
+    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("tokens", "encoding", "values")
@@ -84,16 +90,18 @@ class Choice(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_logprobs: _Optional[int] = ..., draw: _Optional[float] = ..., allowed: _Optional[bytes] = ...) -> None: ...
 
 class FromShard(_message.Message):
-    __slots__ = ("opened", "picked", "states", "leaving")
+    __slots__ = ("opened", "picked", "states", "logits", "leaving")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     PICKED_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     picked: Picked
     states: States
+    logits: bytes
     leaving: bool
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., picked: _Optional[_Union[Picked, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., picked: _Optional[_Union[Picked, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., logits: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ()

@@ -46,6 +46,7 @@ class ShardServicer:
 
     def Session(self, request_iterator, context):
         """One request. The stream pins the shard and owns the keys and values of its tokens, which die with it.
+        With ranks, a piece that comes between passes begins one; each part that the rank answers is answered by the sum.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

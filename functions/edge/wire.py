@@ -53,8 +53,8 @@ def model_digest(manifest: Manifest) -> str:
 
 
 def message_limit(width: int, vocab_size: int, tokens: int) -> int:
-    """The largest message, in bytes, with states of so many tokens."""
-    return 4 * width * tokens + vocab_size // 8 + _FRAME_BYTES
+    """The largest message, in bytes, with states of so many tokens or logits of one."""
+    return 4 * max(width * tokens, vocab_size) + vocab_size // 8 + _FRAME_BYTES
 
 
 def states_bytes(width: int, tokens: int, encoding: Encoding) -> int:
@@ -178,9 +178,26 @@ def decode_answer(message: pb.FromShard, width: int, vocab_size: int, most: int)
     kind = message.WhichOneof("what")
     if kind == "states":
         return decode_states(message.states, width, most)
+    if kind == "logits":
+        return decode_logits(message.logits, vocab_size)
     if kind != "picked":
         raise WireError("a shard answered with neither a token nor states")
     p = message.picked
     if max(p.id, *p.top_ids, 0) >= vocab_size or len(p.top_ids) != len(p.top_logprobs):
         raise WireError("a shard picked what is no token")
     return Pick(p.id, p.logprob, p.margin, tuple(zip(p.top_ids, p.top_logprobs, strict=True)))
+
+
+def encode_logits(logits: Floats, *, leaving: bool) -> pb.FromShard:
+    """A rank's part of the logits (R,) as a message."""
+    return pb.FromShard(logits=_fp32(logits), leaving=leaving)
+
+
+def decode_logits(values: bytes, most: int) -> Floats:
+    """Read a rank's part of the logits (R,); raises `WireError` if there are none, too many, or no numbers."""
+    if len(values) % 4 or not 0 < len(values) <= 4 * most:
+        raise WireError(f"a part of the logits has {len(values)} bytes")
+    logits = np.frombuffer(values, "<f4")
+    if np.isnan(logits).any():
+        raise WireError("logits hold what is no number")
+    return logits

@@ -90,6 +90,8 @@ SHARD_KEYS = (
     "SHARD_TLS_KEY",
     "SHARD_TLS_CA",
     "SHARD_PEERS",
+    "TENSOR_RANK",
+    "TENSOR_PEERS",
 )
 # Read by other parts of the bundle that run in the same environment.
 FOREIGN_KEYS = (
@@ -108,7 +110,7 @@ FOREIGN_KEYS = (
 _OURS = re.compile(
     r"^(API_KEY|CACHE_|CA_FILE|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LINGER_"
     r"|LOOKUP_|MAX_BODY|MAX_INFLIGHT|MESSAGES_|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT"
-    r"|RULES_|SHARD_|SLOWDOWN|THREADS|TIER_)"
+    r"|RULES_|SHARD_|SLOWDOWN|TENSOR_|THREADS|TIER_)"
 )
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")

@@ -15,16 +15,13 @@ Floats = NDArray[np.float32]
 
 
 class Exchange(Protocol):
-    """One rank's end. All ranks make the same calls in the same order, and each gets bitwise the same.
-
-    Both raise `RankLostError` if another rank failed.
-    """
+    """One rank's end. All ranks make the same calls in the same order; both raise `RankLostError` if another failed."""
 
     def total(self, part: Floats) -> Floats:
-        """The sum of all ranks' parts, added in the order of ranks."""
+        """The sum of all ranks' parts, added in the order of ranks: every rank gets bitwise the same."""
 
     def joined(self, part: Floats) -> Floats:
-        """All ranks' parts, one behind the other along the last axis."""
+        """All ranks' parts, one behind the other along the last axis; of use to rank 0 only."""
 
 
 class Threads:

@@ -1,4 +1,4 @@
-"""Cut a decoder's graph into halves of layers that give a rank's partial sums: attention, MLP, and the head.
+"""Cut a decoder's graph into halves of layers that give a rank's partial sums: attention, MLP; and into what ends them.
 
 The whole graph adds each half's result to the residual stream and normalises the sum in one operator. A half begins
 with the norm and ends before the addition, since only the sum of all ranks' results may be added. What sizes a node
@@ -21,7 +21,7 @@ from models.runtime.ranks import Array
 _ADD_AND_NORM, _NORM = "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
 ATTENTION, MLP, HEAD = "attn", "mlp", "head"
 PARTIAL = "partial"
-"""The output of a half: its part of the sum; the head's is its rows of the logits."""
+"""The output of a half: its part of the sum; the head's is its rows of the logits, the norm's is whole."""
 Half = tuple[bytes, dict[str, Array]]
 """A graph, and the weights that it reads."""
 
@@ -50,6 +50,10 @@ class Halves:
     def head(self, weights: Mapping[str, Array]) -> Half:
         """`x` (B, T, C), the stream that ends the layers → logits (B, R, rows of this rank)."""
         return self._close(self._sum(self._span.stop - 1, MLP), "logits", self._span.norm, weights, [])
+
+    def norm(self, weights: Mapping[str, Array]) -> Half:
+        """`x` (B, T, C), the stream that ends the layers → the model's normalised states (B, T, C)."""
+        return self._close(self._sum(self._span.stop - 1, MLP), "hidden", self._span.norm, weights, [])
 
     def _before(self, layer: int) -> Any:
         """The node whose first output is the normalised stream that the layer's attention reads."""

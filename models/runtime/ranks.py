@@ -96,7 +96,9 @@ def part(tensors: Mapping[str, Array], rank: Rank, shape: LlamaShape) -> dict[st
     for name, value in tensors.items():
         site, _, suffix = name.rpartition(".")
         kind = site.rpartition(".")[2]
-        if kind in {"out", "down"} and name.startswith("layers."):
+        if name.startswith("adapter."):
+            found[name] = _of_adapter(value, kind, suffix, rank, shape)
+        elif kind in {"out", "down"} and name.startswith("layers."):
             n_in, columns = _columns(kind, rank, shape)
             found[name] = _some_columns(tensors, site, suffix, n_in, columns, rank)
         elif kind in {"qkv", "gate_up", "head"}:
@@ -105,6 +107,17 @@ def part(tensors: Mapping[str, Array], rank: Rank, shape: LlamaShape) -> dict[st
         else:
             found[name] = value
     return found
+
+
+def _of_adapter(value: Array, kind: str, suffix: str, rank: Rank, shape: LlamaShape) -> Array:
+    """A rank's part of one of an adapter's two matrices, `a` (r, K) and `b` (N, r).
+
+    `b` is cut as the projection beside it is where that widens, `a` where it narrows; the other stays whole.
+    """
+    if kind in {"out", "down"}:
+        _, columns = _columns(kind, rank, shape)
+        return np.ascontiguousarray(value[:, columns.start : columns.stop]) if suffix == "a" else value
+    return np.ascontiguousarray(value[_rows(kind, rank, shape)]) if suffix == "b" else value
 
 
 def _rows(kind: str, rank: Rank, shape: LlamaShape) -> Index:

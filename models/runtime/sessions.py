@@ -166,13 +166,21 @@ def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]
 
 
 def open_session(
-    graph: bytes, weights: Mapping[str, Array], options: EngineOptions, what: str, *, rests: bool = False
+    graph: bytes,
+    weights: Mapping[str, Array],
+    options: EngineOptions,
+    what: str,
+    *,
+    rests: bool = False,
+    one_of_many: bool = False,
 ) -> ort.InferenceSession:
     """Make a session of a graph and weights from memory; raises `ArtifactError`, which names `what` was refused.
 
     One that `rests` has threads that never wait busily between passes, where they would be in another session's way.
+    `one_of_many` keeps no memory of its own between passes: a hundred sessions would each hold what one pass needs.
     """
     settings = ort.SessionOptions()
+    settings.enable_cpu_mem_arena = not one_of_many
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")

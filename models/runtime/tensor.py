@@ -1,176 +1,201 @@
 """Tensor parallel: ranks run the same layers, each with some heads and columns, and add up what comes of them.
 
 After each layer's attention and after its MLP the ranks exchange partial sums, so that all carry the same stream; the
-vocabulary is split too, and its logits are joined. A rank opens slices of the one artifact everybody has. Knows tokens
-as numbers only. B sequences (here 1), T new tokens, C width, R rows, V vocabulary.
+vocabulary is split too, and its logits are joined. A rank opens slices of the one artifact everybody has. Passes go
+one sequence at a time, earliest deadline first. Knows tokens as numbers only. T new tokens, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from models.artifact.manifest import FUSED
-from models.artifact.names import HEAD as HEAD_FILE
-from models.artifact.names import LOGITS_FROM, PLAIN, graph_file, layer_file, spans
+from models.artifact.names import FRAMES, PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
-from models.errors import ArtifactError, RankLostError
+from models.errors import RankLostError
 from models.runtime.engine import Embeddings, check_room, chunks
-from models.runtime.exchange import Exchange, Threads
-from models.runtime.halves import ATTENTION, MLP, PARTIAL, Halves
-from models.runtime.layers import rotary_tables
-from models.runtime.memory import KeyValueMemory
-from models.runtime.ranks import Rank, block_of, part, split
-from models.runtime.sessions import EngineOptions, open_session
+from models.runtime.exchange import Threads
+from models.runtime.links import Opening, Want
+from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of
+from models.runtime.ranked import RankLayers, ranks_of
+from models.runtime.sessions import EngineOptions
+from models.runtime.tier import TierStats
+from models.runtime.turns import Turns
 
-Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 
-def ranks_of(artifact: Artifact, count: int) -> list[Rank]:
-    """Split an artifact's model among ranks; raises `ArtifactError` where it cannot be, with the reason."""
-    m = artifact.manifest
-    if m.graph != FUSED or not m.lm_head or m.exits:
-        raise ArtifactError(
-            f"{artifact.path} cannot be split among ranks: it must write text, by our own graph, and have no exits"
-        )
-    first = artifact.tensors(layer_file(0))
-    return split(m.architecture, count, block_of(first, "layers.0.down", m.architecture.mlp_width))
+class GroupSession(Protocol):
+    """One request's tokens at all ranks; not for two threads at once."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+
+    def read(self, states: Floats, want: Want) -> Floats:
+        """Read embedded tokens (T, C); logits (1, V) after the last or normalised states (T, C), as wanted.
+
+        Raises `ShardsLostError` if a rank is lost for good.
+        """
+
+    def reset(self) -> None:
+        """Forget everything."""
 
 
-class RankLayers:
-    """One rank's slices of all layers and of the head, opened, and its part of the key-value memory.
+class Group(Protocol):
+    """All ranks of a model, rank 0 in this process; `layers` is what that one holds."""
 
-    Not for two threads at once. All ranks are asked the same at the same time.
-    """
+    @property
+    def layers(self) -> RankLayers:
+        """Rank 0."""
 
-    def __init__(self, artifact: Artifact, rank: Rank, exchange: Exchange, options: EngineOptions) -> None:
-        whole = artifact.manifest.architecture
-        self.shape = rank.shape(whole)
-        self._n_layers, self._exchange = whole.n_layers, exchange
-        self.context = context = min(options.context, whole.context)
-        self._memory = KeyValueMemory(self.shape, 1, context)
-        self._rotary = rotary_tables(whole, context + 1)
-        self._last_position, self._total_length = np.zeros(1, np.int32), np.zeros(1, np.int32)
-        (span,) = spans(whole.n_layers, (), lm_head=True)
-        halves = Halves(artifact.read(graph_file(PLAIN, 0)), span, self.shape)
-        self._sessions = {}
-        for layer in range(whole.n_layers):
-            weights = part(artifact.tensors(layer_file(layer)), rank, whole)
-            for kind in (ATTENTION, MLP):
-                half = halves.half(layer, kind, weights)
-                self._sessions[layer, kind] = open_session(*half, options, f"{kind} of layer {layer}")
-        half = halves.head(part(artifact.tensors(HEAD_FILE), rank, whole))
-        self._head = open_session(*half, options, "the head")
-
-    def run(self, x: Floats, length: int, rows: int) -> Floats:
-        """Pass states (1, T, C) behind `length` tokens through all layers; logits (rows, V) of the last ones."""
-        self._memory.reserve(1, length + x.shape[1])
-        self._last_position[:] = self._total_length[:] = length + x.shape[1]
-        self._last_position -= 1
-        given = {"last_position": self._last_position, "total_length": self._total_length, **self._rotary}
-        for layer in range(self._n_layers):
-            keys, values = self._memory.layer(layer, range(1))
-            memory = {f"key.{layer}": keys, f"value.{layer}": values}
-            x = x + self._exchange.total(_pass(self._sessions[layer, ATTENTION], {**given, "x": x}, memory))
-            x = x + self._exchange.total(_pass(self._sessions[layer, MLP], {"x": x}, {}))
-        logits = _pass(self._head, {"x": x[:, -rows:], LOGITS_FROM: np.full(1, -rows, np.int64)}, {})
-        found: Floats = self._exchange.joined(logits)[0]
-        return found
-
-
-def _pass(session: ort.InferenceSession, given: Mapping[str, Array], memory: Mapping[str, Floats]) -> Floats:
-    """Run a half; keys and values are extended where they lie."""
-    binding = session.io_binding()
-    bound = {**given, **{f"past_{name}": value for name, value in memory.items()}}
-    for wanted in session.get_inputs():
-        value = bound[wanted.name]
-        binding.bind_input(wanted.name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
-    for name, value in memory.items():
-        binding.bind_output(f"present_{name}", "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
-    binding.bind_output(PARTIAL, "cpu")
-    session.run_with_iobinding(binding)
-    return np.asarray(binding.get_outputs()[-1].numpy())
+    def session(self, opening: Opening) -> AbstractContextManager[GroupSession]:
+        """Lend an empty session; waits while all are in use."""
 
 
 class TensorDecoder:
-    """A `TextEngine` whose ranks are threads of this process; one sequence is lent at a time."""
+    """What `SkillReader` and `TextWriter` need of a model: one graph variant, run by a group of ranks."""
 
-    def __init__(
-        self, ranks: Sequence[RankLayers], meeting: Threads, embeddings: Embeddings, whole: LlamaShape
-    ) -> None:
-        self.context = ranks[0].context
-        self._ranks, self._meeting, self._embeddings = tuple(ranks), meeting, embeddings
-        self._scale = np.float32(whole.embedding_scale)
+    def __init__(self, group: Group, embeddings: Embeddings, variant: str) -> None:
+        self.group, self.embeddings, self._variant = group, embeddings, variant
+        self.shape: LlamaShape = group.layers.manifest.architecture
+        self.context = group.layers.context
+        self.scale = np.float32(self.shape.embedding_scale)
+
+    @contextmanager
+    def sequence(self, deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TensorSequence]:
+        """Lend an empty sequence; waits while all are in use. Passes of the earlier `deadline` go first."""
+        with self.group.session(Opening(self._variant, deadline)) as session:
+            yield TensorSequence(self, session, gone)
+
+
+class TensorSequence:
+    """One growing token sequence."""
+
+    def __init__(self, decoder: TensorDecoder, session: GroupSession, gone: Callable[[], bool] | None) -> None:
+        self._decoder, self._session, self._gone = decoder, session, gone
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return self._session.length
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self._decoder.context - self._session.length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._session.reset()
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return logits (V,) for the next token; raises `PromptTooLongError`, `ShardsLostError`."""
+        check_room(ids, self._decoder.context, self.room)
+        *before, last = chunks(ids, self._gone)
+        for chunk in before:
+            self._read(chunk, Want.NOTHING)
+        logits: Floats = self._read(last, Want.TOKEN)[0]
+        return logits
+
+    def hidden(self, ids: Sequence[int]) -> Floats:
+        """Read ids and return the model's normalised states (T, C) at each of them."""
+        check_room(ids, self._decoder.context, self.room)
+        return np.concatenate([self._read(chunk, Want.STATES) for chunk in chunks(ids, self._gone)])
+
+    def hidden_early(self, ids: Sequence[int], _enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
+        """The last state of `hidden`, and the number of all layers: models with exits are not split."""
+        return self.hidden(ids)[-1], self._decoder.shape.n_layers
+
+    def _read(self, ids: Sequence[int], want: Want) -> Floats:
+        return self._session.read(self._decoder.embeddings.rows(ids) * self._decoder.scale, want)
+
+
+# ---- ranks that are threads of this process ----
+
+
+class ThreadGroup:
+    """A `Group` whose ranks are threads of this process."""
+
+    def __init__(self, ranks: Sequence[RankLayers], meeting: Threads) -> None:
+        self.ranks, self._meeting, self.turns = tuple(ranks), meeting, Turns()
         self._pool = ThreadPoolExecutor(len(ranks), "rank")
-        self._place = threading.Semaphore(1)
 
     @classmethod
-    def open(cls, artifact: Artifact, count: int, options: EngineOptions) -> TensorDecoder:
+    def open(cls, artifact: Artifact, count: int, options: EngineOptions) -> ThreadGroup:
         """Open an artifact for so many ranks; raises `ArtifactError` where it cannot be split, with the reason."""
-        whole, meeting = artifact.manifest.architecture, Threads(count)
-        ranks = [RankLayers(artifact, rank, meeting.end(rank.number), options) for rank in ranks_of(artifact, count)]
-        return cls(ranks, meeting, Embeddings(artifact.embeddings(), None, whole.width), whole)
+        ranks = [RankLayers(artifact, rank, options) for rank in ranks_of(artifact, count)]
+        return cls(ranks, Threads(count))
+
+    @property
+    def layers(self) -> RankLayers:
+        """Rank 0."""
+        return self.ranks[0]
 
     def close(self) -> None:
         """End the ranks' threads."""
         self._pool.shutdown()
 
     @contextmanager
-    def sequence(self, _deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TensorSequence]:
-        """Lend an empty sequence; waits while another is lent, and the deadline orders nothing."""
-        with self._place:
-            yield TensorSequence(self, gone)
+    def session(self, opening: Opening) -> Iterator[_ThreadSession]:
+        """Lend an empty session; waits while all are in use."""
+        with self.layers.places.lend() as slot:
+            yield _ThreadSession(self, slot, opening)
 
-    def run(self, ids: Sequence[int], length: int) -> Floats:
-        """Read ids behind `length` tokens; logits (V,) for the next one. Only for whoever has the sequence."""
-        x = self._embeddings.rows(ids)[None] * self._scale
-        works = [self._pool.submit(self._rank, rank, x, length) for rank in self._ranks]
+    def run(self, variant: str, slot: int, states: Floats, length: int, want: Want) -> Floats:
+        """Let all ranks read states (T, C); only for whoever has the turn."""
+        works = [self._pool.submit(self._rank, rank, variant, slot, states, length, want) for rank in self.ranks]
         wait(works)
         self._meeting.reset()
         errors = [error for work in works if (error := work.exception())]
         if errors:  # the one that failed first, not those that then waited in vain
             raise next((error for error in errors if not isinstance(error, RankLostError)), errors[0])
-        logits: Floats = works[0].result()[-1]
-        return logits
+        return works[0].result()
 
-    def _rank(self, rank: RankLayers, x: Floats, length: int) -> Floats:
+    def _rank(self, rank: RankLayers, variant: str, slot: int, states: Floats, length: int, want: Want) -> Floats:
         try:
-            return rank.run(x, length, rows=1)
+            return rank.run(variant, slot, states, length, want, self._meeting.end(rank.rank.number))
         except BaseException:
             self._meeting.abort()  # the others would wait for ever
             raise
 
 
-class TensorSequence:
-    """One growing token sequence."""
+class _ThreadSession:
+    def __init__(self, group: ThreadGroup, slot: int, opening: Opening) -> None:
+        self._group, self._slot, self._opening, self.length = group, slot, opening, 0
 
-    def __init__(self, decoder: TensorDecoder, gone: Callable[[], bool] | None) -> None:
-        self._decoder, self._gone = decoder, gone
-        self.length = 0
+    def read(self, states: Floats, want: Want) -> Floats:
+        found: list[Floats] = []
+
+        def run(_: object) -> None:
+            found.append(self._group.run(self._opening.variant, self._slot, states, self.length, want))
+
+        self._group.turns.take(self, self._opening.expires, run)
+        self.length += len(states)
+        return found[0]
 
     def reset(self) -> None:
-        """Forget everything; what the memory holds is never read again."""
         self.length = 0
 
-    @property
-    def room(self) -> int:
-        """Tokens that still fit."""
-        return self._decoder.context - self.length
 
-    def logits(self, ids: Sequence[int]) -> Floats:
-        """Read ids and return logits (V,) for the next token."""
-        check_room(ids, self._decoder.context, self.room)
-        for chunk in chunks(ids, self._gone):
-            found = self._decoder.run(chunk, self.length)
-            self.length += len(chunk)
-        return found
+# ---- the tier ----
+
+
+def open_tier(artifact: Artifact, name: str, group: Group) -> LocalTier:
+    """A tier that answers like one that holds the whole model; raises `ArtifactError`."""
+    m, layers = artifact.manifest, group.layers
+    embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
+    tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
+    decoders = {variant: TensorDecoder(group, embeddings, variant) for variant in layers.variants}
+    beside = decoders.get(FRAMES) or decoders[PLAIN]
+    reader = SkillReader(artifact, beside, tokenizer, m.skills, NO_EXIT) if m.skills else None
+    writer = TextWriter(artifact, decoders[PLAIN], tokenizer)
+    return LocalTier(card_of(name, m, layers.context, layers.provider), reader, writer, TierStats)
