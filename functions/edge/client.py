@@ -151,6 +151,7 @@ class GrpcLink:
                 first_layer=self._hello.first_layer,
                 variant=opening.variant,
                 remaining_ms=remaining_ms,
+                place=opening.place,
             )
         )
 

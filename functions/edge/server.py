@@ -148,7 +148,7 @@ class ShardService(ShardServicer):
         if not 0 <= said.remaining_ms < math.inf:
             raise WireError("'remaining_ms' of 'open' is no time")
         expires = self._clock() + said.remaining_ms / 1e3 if said.remaining_ms else math.inf
-        return Opening(said.variant, expires)
+        return Opening(said.variant, expires, said.place)
 
     def _check_peer(self, context: Any) -> None:
         if self._identity is None:

@@ -34,18 +34,20 @@ class ToShard(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms")
+    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "place")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model_digest: str
     first_layer: int
     variant: str
     remaining_ms: float
-    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ...) -> None: ...
+    place: int
+    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., place: _Optional[int] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("tokens", "encoding", "values")

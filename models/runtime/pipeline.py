@@ -243,7 +243,7 @@ def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[R
     lane = stage.lanes.get(opening.variant)
     if lane is None:
         raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
-    with lane.session(opening.expires, _PLACE_S) as here:
+    with lane.session(opening.expires, _PLACE_S, opening.place) as here:
         further = beyond.open(opening) if beyond is not None else None
         try:
             yield Relay(here, further)
@@ -281,7 +281,7 @@ class PipelineDecoder:
 def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, LinkSession]]:
     """Open a session at the head and beyond."""
     with lane.session(opening.expires) as here:
-        further = beyond.open(opening)
+        further = beyond.open(replace(opening, place=here.slot))
         try:
             yield here, further
         finally:

@@ -28,6 +28,9 @@ class _Job:
     number: int
     run: Run
     shared: bool
+    most: int | None
+    place: int
+    after: int = 0
     done: bool = False
     error: BaseException | None = None
     woken: threading.Lock = field(default_factory=threading.Lock)
@@ -53,7 +56,7 @@ class Turns:
         self._changed = threading.Condition()
         self._queue: list[_Job] = []
         self._led = False
-        self._expected: dict[Hashable, Run] = {}  # who shared the last run and has not been heard of since
+        self._expected: dict[Hashable, tuple[Run, int]] = {}  # who shared which run and has not been heard of since
         self._shared_s = 0.0  # how long a shared run takes, smoothed
         self._count = 0
         self._shared_runs = self._shared_turns = 0
@@ -63,15 +66,28 @@ class Turns:
         """How well turns were shared."""
         return TurnStats(self._shared_runs, self._shared_turns)
 
-    def take(self, who: Hashable, deadline: float, run: Run, *, shared: bool = False) -> None:
+    def take(
+        self,
+        who: Hashable,
+        deadline: float,
+        run: Run,
+        *,
+        shared: bool = False,
+        most: int | None = None,
+        place: int = 0,
+    ) -> None:
         """Return when `run` was called with `who` among its sequence of one or, if `shared`, several.
 
         Runs are shared between turns with an equal `run`. Whatever it raises is raised here, for each who shared it.
+
+        By default all go together, and whoever shared a run is waited for. Where `most` says how many may, groups stay
+        apart, so that each can be elsewhere while another has its turn: of those who wait, the most urgent takes along
+        who is nearest by `place`, and only those are waited for who were in one run with one of them the last time.
         """
         with self._changed:
             self._count += 1
-            job = _Job(who, deadline, self._count, run, shared)
-            self._expected.pop(who, None)
+            job = _Job(who, deadline, self._count, run, shared, most, place)
+            _, job.after = self._expected.pop(who, (run, 0))
             self._queue.append(job)
             leads, self._led = not self._led, True
             if not leads:
@@ -104,21 +120,44 @@ class Turns:
                     self._led = False
 
     def _next(self) -> list[_Job]:
-        """Take the most urgent job out of the queue, with all that can share its run."""
+        """Take the most urgent job out of the queue, with those that share its run."""
         with self._changed:
             gives_up = self._clock() + self._patience * self._shared_s
             while True:
-                first = min(self._queue, key=lambda job: job.urgency)
-                left_s = gives_up - self._clock()
-                if not first.shared or first.run not in self._expected.values():
+                jobs = self._together()
+                missing = self._missing(jobs)
+                if not missing:
                     break
+                left_s = gives_up - self._clock()
                 if left_s <= 0:
-                    self._expected.clear()
+                    for who in missing:
+                        del self._expected[who]
                     break
                 self._changed.wait(left_s)
-            jobs = [j for j in self._queue if j.shared and j.run == first.run] if first.shared else [first]
             self._queue = [job for job in self._queue if job not in jobs]
             return jobs
+
+    def _together(self) -> list[_Job]:
+        """The most urgent job, and those in the queue that would share its run."""
+        first = min(self._queue, key=lambda job: job.urgency)
+        if not first.shared:
+            return [first]
+        jobs = [job for job in self._queue if job.shared and job.run == first.run]
+        if first.most is None or len(jobs) <= first.most:
+            return jobs
+        return sorted(jobs, key=lambda job: abs(job.place - first.place))[: first.most]
+
+    def _missing(self, jobs: Sequence[_Job]) -> list[Hashable]:
+        """Who is to be waited for before these have their run."""
+        first = jobs[0]
+        if not first.shared:
+            return []
+        if first.most is None:
+            return [who for who, (run, _) in self._expected.items() if run == first.run]
+        if len(jobs) >= first.most:
+            return []
+        groups = {job.after for job in jobs}
+        return [who for who, (run, number) in self._expected.items() if run == first.run and number in groups]
 
     def _serve(self, jobs: Sequence[_Job]) -> None:
         began = self._clock()
@@ -140,4 +179,4 @@ class Turns:
         self._shared_runs += 1
         self._shared_turns += len(jobs)
         self._shared_s += (took_s - self._shared_s) * (_SMOOTHING if self._shared_s else 1.0)
-        self._expected.update((job.who, job.run) for job in jobs)
+        self._expected.update((job.who, (job.run, self._shared_runs)) for job in jobs)
