@@ -27,6 +27,9 @@ from models.runtime.turns import Turns
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
+_PATIENCE = 2.0
+"""How long a pass waits for company, in passes: the others may be at the next shard, and come back after one or two."""
+
 
 class Lane:
     """One graph variant of a shard: its layers, and slots for sessions. Lanes share their `turns`."""
@@ -160,7 +163,7 @@ class Stage:
         m = artifact.manifest
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
-        turns = Turns()
+        turns = Turns(_PATIENCE)
         lanes = {
             variant: Lane(m.architecture, Layers(m.architecture, parts.segments, options, parts.long), options, turns)
             for variant, parts in parts_of(artifact, options)

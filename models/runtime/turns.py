@@ -30,7 +30,6 @@ class _Job:
     shared: bool
     most: int | None
     place: int
-    after: int = 0
     done: bool = False
     error: BaseException | None = None
     woken: threading.Lock = field(default_factory=threading.Lock)
@@ -56,7 +55,7 @@ class Turns:
         self._changed = threading.Condition()
         self._queue: list[_Job] = []
         self._led = False
-        self._expected: dict[Hashable, tuple[Run, int]] = {}  # who shared which run and has not been heard of since
+        self._expected: dict[Hashable, Run] = {}  # who shared a run and has not been heard of since
         self._shared_s = 0.0  # how long a shared run takes, smoothed
         self._count = 0
         self._shared_runs = self._shared_turns = 0
@@ -80,14 +79,14 @@ class Turns:
 
         Runs are shared between turns with an equal `run`. Whatever it raises is raised here, for each who shared it.
 
-        By default all go together, and whoever shared a run is waited for. Where `most` says how many may, groups stay
-        apart, so that each can be elsewhere while another has its turn: of those who wait, the most urgent takes along
-        who is nearest by `place`, and only those are waited for who were in one run with one of them the last time.
+        By default all go together, and whoever shared a run is waited for. Where `most` says how many may, nobody is
+        waited for once there are so many, so that others can be elsewhere meanwhile; if there are more, the most
+        urgent takes along who is nearest by `place`.
         """
         with self._changed:
             self._count += 1
             job = _Job(who, deadline, self._count, run, shared, most, place)
-            _, job.after = self._expected.pop(who, (run, 0))
+            self._expected.pop(who, None)
             self._queue.append(job)
             leads, self._led = not self._led, True
             if not leads:
@@ -150,14 +149,9 @@ class Turns:
     def _missing(self, jobs: Sequence[_Job]) -> list[Hashable]:
         """Who is to be waited for before these have their run."""
         first = jobs[0]
-        if not first.shared:
+        if not first.shared or (first.most is not None and len(jobs) >= first.most):
             return []
-        if first.most is None:
-            return [who for who, (run, _) in self._expected.items() if run == first.run]
-        if len(jobs) >= first.most:
-            return []
-        groups = {job.after for job in jobs}
-        return [who for who, (run, number) in self._expected.items() if run == first.run and number in groups]
+        return [who for who, run in self._expected.items() if run == first.run]
 
     def _serve(self, jobs: Sequence[_Job]) -> None:
         began = self._clock()
@@ -179,4 +173,4 @@ class Turns:
         self._shared_runs += 1
         self._shared_turns += len(jobs)
         self._shared_s += (took_s - self._shared_s) * (_SMOOTHING if self._shared_s else 1.0)
-        self._expected.update((job.who, (job.run, self._shared_runs)) for job in jobs)
+        self._expected.update((job.who, job.run) for job in jobs)
