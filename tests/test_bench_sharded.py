@@ -67,8 +67,11 @@ def test_what_cannot_be_cut_is_said(tmp_path: Path) -> None:
 
 
 def test_the_verdict_is_that_of_the_issue() -> None:
-    rows = [Row(1, 5.0, None, 400.0, None, same=True), Row(2, 5.3, 0.3, 368.0, 0.92, same=True)]
+    rows = [
+        Row(1, 2, 5.0, None, 400.0, None, 4.0, same=True),
+        Row(2, 1, 5.3, 0.3, 368.0, 0.92, 5.0, same=True),
+    ]
     run = Run(rows, 2400.0, 60.0, [Delayed(0.0, 5.4, 5.0)])
     assert run.as_dict()["verdict"] == {"hop": True, "efficiency": True, "same": True}
-    worse = Run([rows[0], Row(2, 6.0, 1.0, 300.0, 0.75, same=False)], 1.0, 1.0, [])
+    worse = Run([rows[0], Row(2, 1, 6.0, 1.0, 300.0, 0.75, 6.0, same=False)], 1.0, 1.0, [])
     assert worse.as_dict()["verdict"] == {"hop": False, "efficiency": False, "same": False}
