@@ -85,13 +85,18 @@ class Lane:
         """
         slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
         stack = self.layers.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
-        x = np.zeros((len(slots), 1, self.shape.width), np.float32)
-        for member in members:
-            x[member.slot - slots.start] = member.next_states
+        if len(slots) == 1:
+            x = members[0].next_states[None]
+        else:
+            x = np.zeros((len(slots), 1, self.shape.width), np.float32)
+            for member in members:
+                x[member.slot - slots.start] = member.next_states
         found = stack.through(x, [self._sessions[slot].length for slot in slots])
         results = found["logits"] if self.is_last else found["carried"]
+        own = self.is_last and len(slots) == 1  # nobody else's pass writes there, and who sends no states keeps none
         for member in members:
-            member.stepped(results[member.slot - slots.start].copy())
+            result = results[member.slot - slots.start]
+            member.stepped(result if own else result.copy())
 
 
 class StageSession:
