@@ -306,16 +306,17 @@ def links(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of all ways; figures are their medians.")] = 9,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
     callers: Annotated[int, typer.Option(min=1, help="Answers at once, where that is what counts.")] = 4,
-    threads: Annotated[int, typer.Option(min=1, help="Of each shard's engine, and of the unsplit tier's.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of the unsplit tier's engine, and of all shards' together.")] = 2,
     states: Annotated[str, typer.Option(help="fp32, or with a loss fp16 or int8.")] = "fp32",
     spin: Annotated[bool, typer.Option("--spin", help="Shards run with SHARD_SPIN=1.")] = False,
+    prose_tokens: Annotated[int, typer.Option(min=0, help="Prose to measure what shorter states lose; 0: not.")] = 256,
     plot: Annotated[Path | None, typer.Option(help="Write time against link delay to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what cutting a tier costs: time and bytes a hop, throughput, and what slower links do.
 
     Examples: edgecascade bench links --json
-              edgecascade bench links --shards 1,2 --delays 0 --states fp16
+              edgecascade bench links --shards 1,2 --delays 0 --states fp16 --prose-tokens 0
     """
     from bench.links import Plan
     from bench.load import rates
@@ -324,7 +325,7 @@ def links(
     rooms: Rooms = context.obj
     counts, delays_ms = [int(count) for count in rates(shards)], [float(delay) for delay in delays.split(",")]
     folder = tier or rooms.home() / "edge"
-    plan = Plan(folder, counts, rounds, tokens, callers, delays_ms, threads, states, spin)
+    plan = Plan(folder, counts, rounds, tokens, callers, delays_ms, threads, states, spin, prose_tokens)
     measure(rooms.start, plan, plot, as_json=as_json)
 
 

@@ -5,10 +5,11 @@ All ways stand on this machine and share its cores; they are asked in turns, so 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,9 @@ from bench.bundle import Start
 from bench.client import Client, Reply
 from bench.errors import BenchError
 from bench.faults import FaultProxy, Faults
-from bench.sharded import HEAD, Troupe, even_cut, n_layers, ports_for, shards, whole
+from bench.sharded import HEAD, WHOLE, Troupe, balanced_cut, ports_for, shards, whole_running
+from bench.states import Loss, losses
+from bench.transport import round_trip_ms
 
 QUESTION = "Tell me a long story about the sea, a lighthouse and an old man."
 HOP_MS, EFFICIENCY = 0.35, 0.9  # the bounds of the issue
@@ -28,7 +31,10 @@ _TOLD_APART = 2  # tokens that a time per token needs at least
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `delays_ms` one way, of the link between two shards."""
+    """What to measure; `delays_ms` one way, of the link between two shards.
+
+    The unsplit tier has `threads`, and so have all shards of one way together, one each at least.
+    """
 
     tier: Path
     counts: Sequence[int] = (1, 2, 4)
@@ -39,21 +45,30 @@ class Plan:
     threads: int = 2
     states: str = "fp32"
     spin: bool = False
+    prose_tokens: int = 256
+
+    def threads_of(self, shards: int) -> int:
+        """Threads of each shard's engine."""
+        return max(1, self.threads // shards)
 
 
 @dataclass(frozen=True)
 class Row:
     """The tier in so many shards: milliseconds a token of one answer alone, and tokens a second of several at once.
 
-    `hop_ms`: what each hop adds to a token; `efficiency`: throughput as a share of the unsplit tier's.
+    `hop_ms`: what each hop adds to a token, against the unsplit tier with as many threads as each shard has;
+    `efficiency`: throughput as a share of the unsplit tier's on the same cores. Both are medians over the turns of the
+    difference and the ratio within a turn. `cpu_ms`: processor time a token, of all processes, several answers at once.
     `same`: whether it said the same.
     """
 
     shards: int
+    threads: int
     token_ms: float
     hop_ms: float | None
     together_tokens_s: float
     efficiency: float | None
+    cpu_ms: float
     same: bool
 
 
@@ -68,12 +83,18 @@ class Delayed:
 
 @dataclass(frozen=True)
 class Run:
-    """All figures; bytes as they went over the link, framing included."""
+    """All figures; bytes as they went over the link, framing included.
+
+    `transport_ms` is the part of a hop that a message and its answer take on their way through gRPC, the median and the
+    least.
+    """
 
     rows: Sequence[Row]
     bytes_per_token_up: float
     bytes_per_token_down: float
     delayed: Sequence[Delayed]
+    transport_ms: tuple[float, float] = (0.0, 0.0)
+    losses: Sequence[Loss] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values, with what the issue asks."""
@@ -94,69 +115,100 @@ def measure(start: Start, plan: Plan, report: Report) -> Run:
     """Measure everything; raises `BenchError`."""
     if 1 not in plan.counts:
         raise BenchError("the unsplit tier must be among the ways: 1 shard")
-    total = plan.rounds * len(plan.counts) + 1 + len(plan.delays_ms)
+    total = plan.rounds * len(_ways_of(plan)) + 1 + len(plan.delays_ms)
     rows = _rows(start, plan, report, total)
-    return Run(rows, *_over_a_proxy(start, plan, rows[0].token_ms, report, total))
+    alone_ms = next(row.token_ms for row in rows if (row.shards, row.threads) == (1, plan.threads_of(2)))
+    up, down, delayed = _over_a_proxy(start, plan, alone_ms, report, total)
+    cut = balanced_cut(plan.tier, 2)
+    found = losses(plan.tier, cut[1].start, plan.prose_tokens, plan.threads, report) if plan.prose_tokens else []
+    return Run(rows, up, down, delayed, round_trip_ms(round(up)), found)
+
+
+@dataclass(frozen=True, order=True)
+class Way:
+    """The tier in so many shards, with so many threads each."""
+
+    shards: int
+    threads: int
+
+
+def _ways_of(plan: Plan) -> list[Way]:
+    """The unsplit tier with all threads, and with as many as shards have; and the shards."""
+    cut = {Way(count, plan.threads_of(count)) for count in plan.counts}
+    return sorted(cut | {Way(1, way.threads) for way in cut} | {Way(1, plan.threads_of(2))})
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One way's figures in one turn."""
+
+    token_ms: float
+    text: str
+    together_tokens_s: float
+    cpu_ms: float
 
 
 def _rows(start: Start, plan: Plan, report: Report, total: int) -> list[Row]:
-    alone: dict[int, list[float]] = {count: [] for count in plan.counts}
-    together: dict[int, list[float]] = {count: [] for count in plan.counts}
-    texts: dict[int, set[str]] = {count: set() for count in plan.counts}
-    with _ways(start, plan) as urls:
-        for url in urls.values():
+    turns: dict[Way, list[_Turn]] = {way: [] for way in _ways_of(plan)}
+    with _ways(start, plan) as running:
+        for url, _ in running.values():
             _answer(url, plan)  # the first is slower
         for number in range(plan.rounds):
-            for count, url in urls.items():
-                token_ms, text = _answer(url, plan)
-                alone[count].append(token_ms)
-                texts[count].add(text)
-                together[count].append(_together(url, plan))
-                report(number * len(urls) + len(alone[count]), total, f"{count} shards")
-    base_ms, base_rate = median(alone[1]), median(together[1])
-    return [
-        Row(
-            count,
-            median(alone[count]),
-            (median(alone[count]) - base_ms) / (count - 1) if count > 1 else None,
-            median(together[count]),
-            median(together[count]) / base_rate if count > 1 else None,
-            texts[count] == texts[1],
-        )
-        for count in sorted(plan.counts)
-    ]
+            for place, (way, (url, groups)) in enumerate(running.items(), 1):
+                turns[way].append(_Turn(*_answer(url, plan), *_together(url, plan, groups)))
+                report(number * len(running) + place, total, f"{way.shards} shards")
+    whole = turns[Way(1, plan.threads)]
+    return [_row(way, found, whole, turns[Way(1, way.threads)]) for way, found in turns.items()]
+
+
+def _row(way: Way, turns: Sequence[_Turn], whole: Sequence[_Turn], alike: Sequence[_Turn]) -> Row:
+    """`whole`: turns of the unsplit tier with all threads; `alike`: with as many as each of these shards."""
+    hops = [t.token_ms - base.token_ms for t, base in zip(turns, alike, strict=True)]
+    shares = [t.together_tokens_s / base.together_tokens_s for t, base in zip(turns, whole, strict=True)]
+    return Row(
+        way.shards,
+        way.threads,
+        median(t.token_ms for t in turns),
+        median(hops) / (way.shards - 1) if way.shards > 1 else None,
+        median(t.together_tokens_s for t in turns),
+        median(shares) if way.shards > 1 else None,
+        median(t.cpu_ms for t in turns),
+        {t.text for t in turns} == {t.text for t in whole},
+    )
 
 
 @contextmanager
-def _ways(start: Start, plan: Plan) -> Iterator[Mapping[int, str]]:
-    """The tier in each number of pieces, all ready; yields their addresses."""
+def _ways(start: Start, plan: Plan) -> Iterator[Mapping[Way, tuple[str, Sequence[int]]]]:
+    """The tier in each way, all ready; yields where they talk HTTP, and their process groups."""
     with ExitStack() as stack:
-        urls = {}
-        for count in sorted(plan.counts):
-            if count == 1:
-                urls[1] = stack.enter_context(whole(start, plan.tier, THREADS=str(plan.threads)))
+        found: dict[Way, tuple[str, Sequence[int]]] = {}
+        for way in _ways_of(plan):
+            if way.shards == 1:
+                running = stack.enter_context(whole_running(start, plan.tier, THREADS=str(way.threads)))
+                found[way] = running.urls[WHOLE], list(running.groups.values())
                 continue
-            cut = even_cut(n_layers(plan.tier), count)
-            cast = shards(cut, 1, plan.tier, ports_for(cut, 1), _settings(plan))
+            cut = balanced_cut(plan.tier, way.shards)
+            cast = shards(cut, 1, plan.tier, ports_for(cut, 1), _settings(plan, way.shards))
             troupe = stack.enter_context(Troupe(start, cast))
-            urls[count] = troupe.url(next(shard for shard in cast if shard.part == HEAD))
-        yield urls
+            found[way] = troupe.url(next(shard for shard in cast if shard.part == HEAD)), troupe.groups
+        yield found
 
 
-def _settings(plan: Plan) -> dict[str, str]:
-    return {"THREADS": str(plan.threads), "SHARD_STATES": plan.states, "SHARD_SPIN": str(int(plan.spin))}
+def _settings(plan: Plan, count: int) -> dict[str, str]:
+    threads = str(plan.threads_of(count))
+    return {"THREADS": threads, "SHARD_STATES": plan.states, "SHARD_SPIN": str(int(plan.spin))}
 
 
 def _over_a_proxy(
     start: Start, plan: Plan, base_ms: float, report: Report, total: int
 ) -> tuple[float, float, list[Delayed]]:
     """Bytes a token between two shards, and what delays on the way do."""
-    cut = even_cut(n_layers(plan.tier), 2)
+    cut = balanced_cut(plan.tier, 2)
     ports = ports_for(cut, 1)
     (place,) = ports
     with FaultProxy(f"http://127.0.0.1:{ports[place]}") as proxy:
         via = {place: urlsplit(proxy.url).port or 0}
-        cast = shards(cut, 1, plan.tier, ports, _settings(plan), via)
+        cast = shards(cut, 1, plan.tier, ports, _settings(plan, 2), via)
         with Troupe(start, cast) as troupe:
             url = troupe.url(next(shard for shard in cast if shard.part == HEAD))
             _answer(url, plan)
@@ -194,17 +246,32 @@ def _answer(url: str, plan: Plan, tokens: int = 0) -> tuple[float, str]:
     return reply.timing_ms["decode"] / (len(pieces) - 1), reply.text
 
 
-def _together(url: str, plan: Plan) -> float:
-    """Tokens a second of as many answers as there are callers."""
+def _together(url: str, plan: Plan, groups: Sequence[int]) -> tuple[float, float]:
+    """Tokens a second of as many answers as there are callers, and the processor's milliseconds a token."""
 
     def pieces(_caller: int) -> int:
         with Client(url) as client:
             return sum(isinstance(piece, str) for piece in _stream(client, plan))
 
-    began = time.perf_counter()
+    began, used_s = time.perf_counter(), cpu_s(groups)
     with ThreadPoolExecutor(plan.callers) as pool:
         said = sum(pool.map(pieces, range(plan.callers)))
-    return said / (time.perf_counter() - began)
+    return said / (time.perf_counter() - began), 1e3 * (cpu_s(groups) - used_s) / said
+
+
+def cpu_s(groups: Sequence[int]) -> float:
+    """Processor time that the living processes of some groups have used so far."""
+    ticks = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = status.read_text("ascii", "replace").rpartition(")")[2].split()
+            if int(fields[_GROUP]) in groups:
+                ticks += int(fields[_USER]) + int(fields[_SYSTEM])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+_GROUP, _USER, _SYSTEM = 2, 11, 12
+"""Where /proc/PID/stat has them, counted behind the name (proc(5))."""
 
 
 def _stream(client: Client, plan: Plan) -> Iterator[str | Reply]:

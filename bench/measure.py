@@ -229,6 +229,13 @@ def links(start: Start, plan: links_of.Plan, plot: Path | None, *, as_json: bool
     console.print(tables.links_table(run.rows, f"{plan.tokens} tokens, {plan.callers} at once, {plan.states}"))
     up, down = run.bytes_per_token_up, run.bytes_per_token_down
     console.print(f"bytes a token over a link: {up:.0f} there, {down:.0f} back")
+    most, least = run.transport_ms
+    console.print(f"of a hop, gRPC takes {most:.2f} ms there and back, {least:.2f} at least")
+    for loss in run.losses:
+        console.print(
+            f"states in {loss.states}: {loss.bytes_per_token} bytes a token, "
+            f"KL {loss.kl:.2g} nats, same best token {100 * loss.top1_agreement:.1f} %"
+        )
     for d in run.delayed:
         console.print(f"{d.delay_ms:g} ms away: {d.token_ms:.2f} ms a token; compute and hops alone {d.limit_ms:.2f}")
 

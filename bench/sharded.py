@@ -43,6 +43,22 @@ def even_cut(layers: int, shards: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(layers * n // shards for n in range(shards + 1))]
 
 
+def balanced_cut(tier: Path, shards: int) -> list[range]:
+    """Layers in runs with nearly the same bytes to read a token; the last one's part is smaller by the model's head.
+
+    Raises `BenchError`.
+    """
+    layers = n_layers(tier)
+    try:
+        head = (tier / "head.safetensors").stat().st_size / (tier / "layer-000.safetensors").stat().st_size
+    except OSError:
+        return even_cut(layers, shards)
+    if shards == 1 or layers <= shards:
+        return even_cut(layers, shards)
+    last = max(1, round((layers + head) / shards - head))
+    return [*even_cut(layers - last, shards - 1), range(layers - last, layers)]
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -129,6 +145,11 @@ class Troupe:
         """Where it talks HTTP."""
         return self._running[shard.name].urls[shard.name]
 
+    @property
+    def groups(self) -> list[int]:
+        """All process groups."""
+        return [group for running in self._running.values() for group in running.groups.values()]
+
     def at_work(self, part: int) -> Shard | None:
         """A replica of a range that has a session, None if there is none."""
         for shard in self.shards:
@@ -172,5 +193,12 @@ class Troupe:
 @contextmanager
 def whole(start: Start, tier: Path, **more: str) -> Iterator[str]:
     """The same tier in one piece, for the while; yields its address."""
-    with start({WHOLE: Variant(_TIER, {"MODEL_PATH": str(tier.absolute()), **more})}) as running:
+    with whole_running(start, tier, **more) as running:
         yield running.urls[WHOLE]
+
+
+@contextmanager
+def whole_running(start: Start, tier: Path, **more: str) -> Iterator[Running]:
+    """The same, all that there is to know of it."""
+    with start({WHOLE: Variant(_TIER, {"MODEL_PATH": str(tier.absolute()), **more})}) as running:
+        yield running

@@ -133,11 +133,20 @@ def sites_table(phases: Sequence[Phase], title: str) -> Table:
 def links_table(rows: Sequence[links.Row], title: str) -> Table:
     """What shards cost; a row in red said something else than the unsplit tier."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
-    for name in ("shards", "ms a token", "ms a hop", "tokens/s at once", "of unsplit %"):
+    for name in (
+        "shards",
+        "threads each",
+        "ms a token",
+        "ms a hop",
+        "tokens/s at once",
+        "of unsplit %",
+        "CPU ms a token",
+    ):
         table.add_column(name, justify="right")
     for r in rows:
-        cells = (number(r.token_ms, 2), number(r.hop_ms, 2), number(r.together_tokens_s), percent(r.efficiency))
-        table.add_row(str(r.shards), *cells, style=None if r.same else "red")
+        alone = (number(r.token_ms, 2), number(r.hop_ms, 2))
+        together = (number(r.together_tokens_s), percent(r.efficiency), number(r.cpu_ms, 2))
+        table.add_row(str(r.shards), str(r.threads), *alone, *together, style=None if r.same else "red")
     return table
 
 

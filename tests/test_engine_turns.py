@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,6 +98,40 @@ def test_those_who_shared_the_last_run_are_waited_for_until_they_come_or_leave()
         thread.join(30)
     assert sum(map(len, engine.runs)) == 30 + 40 + 50 + 60
     assert len(engine.runs) < 90, "only the beginning, before all have met, may be taken apart"
+
+
+def test_as_many_go_together_as_may_and_neighbours_first() -> None:
+    turns, engine = Turns(), Engine()
+    engine.go_on.clear()
+    threads = [start(lambda: turns.take("first", 0.0, engine.run))]
+    wait_until(lambda: engine.at_work == 1)
+    for number, place in enumerate((0, 3, 1, 2)):
+        take = partial(turns.take, place, 5.0, engine.run, shared=True, most=2, place=place)
+        threads.append(start(take))
+        queued(turns, number + 1)
+    engine.go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert engine.runs == [["first"], [0, 1], [2, 3]]
+
+
+def test_nobody_is_waited_for_once_there_are_enough() -> None:
+    """With boundless patience, four threads go by twos; whoever ends first leaves the others to go on."""
+    turns, engine = Turns(patience=1e9), Engine(pause_s=0.001)
+    met = threading.Barrier(4)
+
+    def work(who: int) -> None:
+        met.wait(20)
+        for _ in range(30):
+            turns.take(who, math.inf, engine.run, shared=True, most=2, place=who)
+        turns.leave(who)
+
+    threads = [start(partial(work, who)) for who in range(4)]
+    for thread in threads:
+        thread.join(30)
+    assert sum(map(len, engine.runs)) == 4 * 30
+    assert max(map(len, engine.runs)) == 2
+    assert sum(len(run) == 2 for run in engine.runs) > 40, "only at both ends may one go alone"
 
 
 def test_patience_ends() -> None:

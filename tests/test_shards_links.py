@@ -52,6 +52,13 @@ def wanted(path: Path) -> list[Token]:
 
 @pytest.fixture
 def served(path: Path) -> Iterator[Served]:
+    found = serve(Stage.open(path, range(1, N), OPTIONS))
+    yield found
+    found.server.stop(0.0)
+
+
+@pytest.fixture
+def impatient(path: Path) -> Iterator[Served]:
     found = serve(Stage.open(path, range(1, N), OPTIONS), idle_s=0.5)
     yield found
     found.server.stop(0.0)
@@ -132,20 +139,20 @@ def test_more_tokens_than_the_context_are_refused(path: Path, served: Served) ->
     assert (code, "there is room for 0" in said) == (grpc.StatusCode.OUT_OF_RANGE, True)
 
 
-def test_a_silent_session_is_ended(path: Path, served: Served) -> None:
+def test_a_silent_session_is_ended(path: Path, impatient: Served) -> None:
     ends = threading.Event()
 
     def messages() -> Iterator[pb.ToShard]:
         yield opening(path)
         ends.wait(20)
 
-    with grpc.insecure_channel(served.address) as channel:
+    with grpc.insecure_channel(impatient.address) as channel:
         call = ShardStub(channel).Session(messages(), timeout=15)
         with pytest.raises(grpc.RpcError):
             list(call)
         assert call.code() is grpc.StatusCode.CANCELLED
     ends.set()
-    wait_until(lambda: served.service.open_sessions == 0)
+    wait_until(lambda: impatient.service.open_sessions == 0)
 
 
 def test_more_sessions_than_places_are_refused(path: Path, served: Served) -> None:

@@ -175,6 +175,21 @@ def test_without_another_replica_the_answer_ends_with_the_reason(int4: Path, tai
         list(tier.generate(Completion("the"), GREEDY))
 
 
+@pytest.mark.parametrize("piece", range(2, 12))
+def test_one_alone_whose_link_broke_is_asked_once_more(
+    int4: Path, tail: Stage, wanted: list[list[Token]], piece: int
+) -> None:
+    """What looked like death was none; a link that breaks at every piece is given up after the second."""
+    only = FlakyLink(InProcessLink(tail), lambda n: n == piece, "only")
+    tier, replicas = fragile(int4, only)
+    assert answers(tier) == wanted
+    assert replicas.stats.lost == 1
+    broken = FlakyLink(InProcessLink(tail), lambda _: True, "broken")
+    with pytest.raises(ShardsLostError, match="broken died"):
+        list(fragile(int4, broken)[0].generate(Completion("the"), GREEDY))
+    assert broken.opened <= 2
+
+
 def test_a_replica_that_was_lost_a_moment_ago_is_asked_last(int4: Path, tail: Stage) -> None:
     dead = FlakyLink(InProcessLink(tail), lambda _: True, "dead", for_good=True)
     good = FlakyLink(InProcessLink(tail), lambda _: False, "good")

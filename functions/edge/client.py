@@ -160,6 +160,7 @@ class GrpcLink:
                 rank=self._hello.rank,
                 ranks=self._hello.ranks,
                 head=self._hello.head,
+                place=opening.place,
             )
         )
 

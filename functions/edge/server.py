@@ -186,7 +186,7 @@ class ShardService(SessionService):
             raise MismatchError(
                 f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
             )
-        return Opening(said.variant, self.expires(said))
+        return Opening(said.variant, self.expires(said), said.place)
 
 
 _ALTERNATIVE_NAMES = "x509_subject_alternative_name"

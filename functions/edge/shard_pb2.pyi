@@ -34,12 +34,13 @@ class ToShard(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "rank", "ranks", "head")
+    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "place", "rank", "ranks", "head")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
@@ -48,10 +49,11 @@ class Open(_message.Message):
     first_layer: int
     variant: str
     remaining_ms: float
+    place: int
     rank: int
     ranks: int
     head: str
-    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., place: _Optional[int] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("tokens", "encoding", "values")

@@ -37,6 +37,7 @@ class Encoding(Enum):
 
 
 _WANTS: dict[Want, pb.Want] = {Want.NOTHING: pb.NOTHING, Want.TOKEN: pb.TOKEN, Want.STATES: pb.STATES}
+_WANTED = {value: want for want, value in _WANTS.items()}
 _BYTES_EACH = {Encoding.FP32: 4, Encoding.FP16: 2, Encoding.INT8: 1}
 
 
@@ -139,10 +140,9 @@ def encode_piece(piece: Piece, encoding: Encoding) -> pb.ToShard:
 def decode_piece(message: pb.Piece, width: int, vocab_size: int, most: int) -> Piece:
     """Read a piece; raises `WireError`."""
     states = decode_states(message.states, width, most)
-    try:
-        want = next(want for want, value in _WANTS.items() if value == message.want)
-    except StopIteration:
-        raise WireError(f"a piece wants {message.want}, which is unknown") from None
+    want = _WANTED.get(message.want)
+    if want is None:
+        raise WireError(f"a piece wants {message.want}, which is unknown")
     choice = _choice(message.choice, vocab_size) if want is Want.TOKEN else Choice()
     return Piece(states, want, choice, message.again)
 

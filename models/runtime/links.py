@@ -75,10 +75,14 @@ Answer = Pick | Floats
 
 @dataclass(frozen=True)
 class Opening:
-    """What a session is for: the graph variant it runs, and when, on this process's clock, it is of no use any more."""
+    """What a session is for: the graph variant it runs, and when, on this process's clock, it is of no use any more.
+
+    Sessions with neighbouring `place`s at the head share passes.
+    """
 
     variant: str
     expires: float
+    place: int = 0
 
 
 class LinkSession(Protocol):

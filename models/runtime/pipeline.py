@@ -111,7 +111,8 @@ class Replicas:
 class ReplayedSession:
     """A session that keeps what it sent, and sends it again to another replica when the one it uses is lost.
 
-    Each replica is tried once between two answers; `ShardsLostError` when none is left.
+    Between two answers a replica that was lost is tried once more, after the others: silence on a busy machine looks
+    like death. Whoever refuses, or is lost again, is not. `ShardsLostError` when none is left.
     """
 
     leaving = False
@@ -119,6 +120,7 @@ class ReplayedSession:
     def __init__(self, replicas: Replicas, opening: Opening) -> None:
         self._replicas, self._opening = replicas, opening
         self._sent: list[Piece] = []
+        self._doubted: set[str] = set()
         self._tried: set[str] = set()
         self._link: Link | None = None
         self._session: LinkSession | None = None
@@ -140,6 +142,7 @@ class ReplayedSession:
                 answer = session.receive()
                 break
         self._sent[-1] = replace(self._sent[-1], again=True)
+        self._doubted.clear()
         self._tried.clear()
         if session.leaving and not self._stays:
             self._move()
@@ -165,7 +168,7 @@ class ReplayedSession:
     def _lost(self, error: LinkLostError) -> None:
         if self._link is not None:
             self._replicas.failed(self._link)
-            self._tried.add(self._link.name)
+            (self._tried if self._link.name in self._doubted else self._doubted).add(self._link.name)
         self._reason = str(error)
         self._replicas.count(lost=1)
         self.close()
@@ -243,7 +246,7 @@ def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[R
     lane = stage.lanes.get(opening.variant)
     if lane is None:
         raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
-    with lane.session(opening.expires, _PLACE_S) as here:
+    with lane.session(opening.expires, _PLACE_S, opening.place) as here:
         further = beyond.open(opening) if beyond is not None else None
         try:
             yield Relay(here, further)
@@ -281,7 +284,7 @@ class PipelineDecoder:
 def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, LinkSession]]:
     """Open a session at the head and beyond."""
     with lane.session(opening.expires) as here:
-        further = beyond.open(opening)
+        further = beyond.open(replace(opening, place=here.slot))
         try:
             yield here, further
         finally:

@@ -6,7 +6,7 @@ tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-import heapq
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,9 @@ from models.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
+
+_PATIENCE = 2.0
+"""How long a pass waits for company, in passes: the others may be at the next shard, and come back after one or two."""
 
 
 class Lane:
@@ -48,15 +51,17 @@ class Lane:
         return self.layers.range.stop == self.shape.n_layers
 
     @contextmanager
-    def session(self, deadline: float, wait_s: float | None = None) -> Iterator[StageSession]:
+    def session(self, deadline: float, wait_s: float | None = None, near: int = 0) -> Iterator[StageSession]:
         """Lend an empty session; waits while all are in use, but no longer than `wait_s`, then `LinkLostError`.
 
-        Passes of those with the earlier `deadline` go first.
+        Passes of those with the earlier `deadline` go first. Of the free slots it is the one `near` which it should
+        lie: those that are neighbours in one shard had better be so in the next, since they come together.
         """
         if not self._places.acquire(timeout=wait_s):
             raise LinkLostError(f"all of its {len(self._sessions)} sessions are in use")
         with self._lock:
-            slot = heapq.heappop(self._free)
+            slot = min(self._free, key=lambda free: (abs(free - near), free))
+            self._free.remove(slot)
         session = self._sessions[slot]
         session.deadline, session.length = deadline, 0
         try:
@@ -64,8 +69,14 @@ class Lane:
         finally:
             self.turns.leave(session)
             with self._lock:
-                heapq.heappush(self._free, slot)
+                self._free.append(slot)
             self._places.release()
+
+    @property
+    def company(self) -> int:
+        """How many sessions share a pass: so many that each shard of the model has a part of them to work on."""
+        shards = max(2, math.ceil(self.shape.n_layers / len(self.layers.range)))
+        return max(1, math.ceil(self.open_sessions / shards))
 
     def step(self, members: Sequence[StageSession]) -> None:
         """Read each member's next state, in one pass over the slots from the first to the last of them.
@@ -74,13 +85,18 @@ class Lane:
         """
         slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
         stack = self.layers.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
-        x = np.zeros((len(slots), 1, self.shape.width), np.float32)
-        for member in members:
-            x[member.slot - slots.start] = member.next_states
+        if len(slots) == 1:
+            x = members[0].next_states[None]
+        else:
+            x = np.zeros((len(slots), 1, self.shape.width), np.float32)
+            for member in members:
+                x[member.slot - slots.start] = member.next_states
         found = stack.through(x, [self._sessions[slot].length for slot in slots])
         results = found["logits"] if self.is_last else found["carried"]
+        own = self.is_last and len(slots) == 1  # nobody else's pass writes there, and who sends no states keeps none
         for member in members:
-            member.stepped(results[member.slot - slots.start].copy())
+            result = results[member.slot - slots.start]
+            member.stepped(result if own else result.copy())
 
 
 class StageSession:
@@ -108,7 +124,7 @@ class StageSession:
         lane = self._lane
         if len(states) == 1 and self.length and want is Want.TOKEN and lane.layers.batches:
             self.next_states = states
-            lane.turns.take(self, self.deadline, lane.step, shared=True)
+            lane.turns.take(self, self.deadline, lane.step, shared=True, most=lane.company, place=self.slot)
             return self._result
         lane.turns.take(self, self.deadline, lambda _: self._read(states, want))
         return self._result
@@ -152,7 +168,7 @@ class Stage:
         m = artifact.manifest
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
-        turns = Turns()
+        turns = Turns(_PATIENCE)
         lanes = {
             variant: Lane(m.architecture, Layers(m.architecture, parts.segments, options, parts.long), options, turns)
             for variant, parts in parts_of(artifact, options)

@@ -28,6 +28,8 @@ class _Job:
     number: int
     run: Run
     shared: bool
+    most: int | None
+    place: int
     done: bool = False
     error: BaseException | None = None
     woken: threading.Lock = field(default_factory=threading.Lock)
@@ -53,7 +55,7 @@ class Turns:
         self._changed = threading.Condition()
         self._queue: list[_Job] = []
         self._led = False
-        self._expected: dict[Hashable, Run] = {}  # who shared the last run and has not been heard of since
+        self._expected: dict[Hashable, Run] = {}  # who shared a run and has not been heard of since
         self._shared_s = 0.0  # how long a shared run takes, smoothed
         self._count = 0
         self._shared_runs = self._shared_turns = 0
@@ -63,14 +65,27 @@ class Turns:
         """How well turns were shared."""
         return TurnStats(self._shared_runs, self._shared_turns)
 
-    def take(self, who: Hashable, deadline: float, run: Run, *, shared: bool = False) -> None:
+    def take(
+        self,
+        who: Hashable,
+        deadline: float,
+        run: Run,
+        *,
+        shared: bool = False,
+        most: int | None = None,
+        place: int = 0,
+    ) -> None:
         """Return when `run` was called with `who` among its sequence of one or, if `shared`, several.
 
         Runs are shared between turns with an equal `run`. Whatever it raises is raised here, for each who shared it.
+
+        By default all go together, and whoever shared a run is waited for. Where `most` says how many may, nobody is
+        waited for once there are so many, so that others can be elsewhere meanwhile; if there are more, the most
+        urgent takes along who is nearest by `place`.
         """
         with self._changed:
             self._count += 1
-            job = _Job(who, deadline, self._count, run, shared)
+            job = _Job(who, deadline, self._count, run, shared, most, place)
             self._expected.pop(who, None)
             self._queue.append(job)
             leads, self._led = not self._led, True
@@ -104,21 +119,39 @@ class Turns:
                     self._led = False
 
     def _next(self) -> list[_Job]:
-        """Take the most urgent job out of the queue, with all that can share its run."""
+        """Take the most urgent job out of the queue, with those that share its run."""
         with self._changed:
             gives_up = self._clock() + self._patience * self._shared_s
             while True:
-                first = min(self._queue, key=lambda job: job.urgency)
-                left_s = gives_up - self._clock()
-                if not first.shared or first.run not in self._expected.values():
+                jobs = self._together()
+                missing = self._missing(jobs)
+                if not missing:
                     break
+                left_s = gives_up - self._clock()
                 if left_s <= 0:
-                    self._expected.clear()
+                    for who in missing:
+                        del self._expected[who]
                     break
                 self._changed.wait(left_s)
-            jobs = [j for j in self._queue if j.shared and j.run == first.run] if first.shared else [first]
             self._queue = [job for job in self._queue if job not in jobs]
             return jobs
+
+    def _together(self) -> list[_Job]:
+        """The most urgent job, and those in the queue that would share its run."""
+        first = min(self._queue, key=lambda job: job.urgency)
+        if not first.shared:
+            return [first]
+        jobs = [job for job in self._queue if job.shared and job.run == first.run]
+        if first.most is None or len(jobs) <= first.most:
+            return jobs
+        return sorted(jobs, key=lambda job: abs(job.place - first.place))[: first.most]
+
+    def _missing(self, jobs: Sequence[_Job]) -> list[Hashable]:
+        """Who is to be waited for before these have their run."""
+        first = jobs[0]
+        if not first.shared or (first.most is not None and len(jobs) >= first.most):
+            return []
+        return [who for who, run in self._expected.items() if run == first.run]
 
     def _serve(self, jobs: Sequence[_Job]) -> None:
         began = self._clock()
