@@ -130,6 +130,10 @@ class _FlakySession:
         self._flaky, self._session = flaky, session
 
     @property
+    def held_tokens(self) -> int:
+        return self._session.held_tokens
+
+    @property
     def leaving(self) -> bool:
         return self._session.leaving
 

@@ -26,6 +26,7 @@ from functions.edge.wire import (
     encode_answer,
     message_limit,
     model_digest,
+    read_prefix,
 )
 from functions.serving.web import log_failure
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError, ShardsLostError
@@ -121,7 +122,7 @@ class ShardService(ShardServicer):
         opening = self._opening(next(messages, None))
         shape, encoding = self._stage.manifest.architecture, self._config.states
         with relay(self._stage, self._beyond, opening) as session:
-            yield pb.FromShard(opened=pb.Opened(), leaving=self._leaving())
+            yield pb.FromShard(opened=pb.Opened(held_tokens=session.held_tokens), leaving=self._leaving())
             for message in messages:
                 heard.since = None
                 if message.WhichOneof("what") != "piece":
@@ -148,7 +149,8 @@ class ShardService(ShardServicer):
         if not 0 <= said.remaining_ms < math.inf:
             raise WireError("'remaining_ms' of 'open' is no time")
         expires = self._clock() + said.remaining_ms / 1e3 if said.remaining_ms else math.inf
-        return Opening(said.variant, expires)
+        prefix = read_prefix(said.prefix, self._stage.manifest.architecture.context)
+        return Opening(said.variant, expires, prefix, said.exact)
 
     def _check_peer(self, context: Any) -> None:
         if self._identity is None:

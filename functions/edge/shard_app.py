@@ -52,7 +52,9 @@ def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -
         spin=shard.spin,
         rests=True,
         sequences=sequences,
+        prefix_cache_bytes=config.prefix_cache_bytes,
         providers=config.providers,
+        exact_drafts=config.exact_drafts,
         slowdown=config.slowdown,
     )
 
@@ -167,6 +169,7 @@ def create_head(config: TierConfig, shard: ShardConfig) -> Flask:
             shard.layers.stop,
             further.replicas,
             options,
+            lookup_tokens=config.lookup_tokens,
             keys=wrapper,
             signer=signer,
         )
@@ -241,9 +244,19 @@ def _variant(manifest: Manifest) -> str:
 
 
 def _stage_metrics(service: ShardService, stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
+    prefix = stage.prefix_stats
+    for name, text, value in (
+        ("prefix_asked_tokens", "Prompt tokens looked up in the prefix cache.", prefix.asked_tokens),
+        ("prefix_reused_tokens", "Prompt tokens found in it, which were not read again.", prefix.reused_tokens),
+        ("prefix_evicted_blocks", "Blocks thrown out of it.", prefix.evicted_blocks),
+    ):
+        counter = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+        counter.add_metric(list(labels.values()), value)
+        yield counter
     for name, text, value in (
         ("shard_sessions", "Sessions at work.", service.open_sessions),
         ("shard_held_bytes", "Set aside for keys and values.", stage.held_bytes),
+        ("prefix_held_bytes", "Held by the prefix cache.", prefix.held_bytes),
     ):
         family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
         family.add_metric(list(labels.values()), value)

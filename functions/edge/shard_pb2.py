@@ -24,33 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66unctions/edge/shard.proto\x12\x14\x65\x64gecascade.shard.v1\"k\n\x07ToShard\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.edgecascade.shard.v1.OpenH\x00\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PieceH\x00\x42\x06\n\x04what\"j\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x01\"Z\n\x06States\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.edgecascade.shard.v1.Encoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\x9c\x01\n\x05Piece\x12,\n\x06states\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.States\x12(\n\x04want\x18\x02 \x01(\x0e\x32\x1a.edgecascade.shard.v1.Want\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x12,\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1c.edgecascade.shard.v1.Choice\"a\n\x06\x43hoice\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x0c\n\x04\x64raw\x18\x04 \x01(\x01\x12\x0f\n\x07\x61llowed\x18\x05 \x01(\x0c\"\xb4\x01\n\tFromShard\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.OpenedH\x00\x12.\n\x06picked\x18\x02 \x01(\x0b\x32\x1c.edgecascade.shard.v1.PickedH\x00\x12.\n\x06states\x18\x03 \x01(\x0b\x32\x1c.edgecascade.shard.v1.StatesH\x00\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\x42\x06\n\x04what\"\x08\n\x06Opened\"\\\n\x06Picked\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01**\n\x04Want\x12\x0b\n\x07NOTHING\x10\x00\x12\t\n\x05TOKEN\x10\x01\x12\n\n\x06STATES\x10\x02*(\n\x08\x45ncoding\x12\x08\n\x04\x46P32\x10\x00\x12\x08\n\x04\x46P16\x10\x01\x12\x08\n\x04INT8\x10\x02\x32V\n\x05Shard\x12M\n\x07Session\x12\x1d.edgecascade.shard.v1.ToShard\x1a\x1f.edgecascade.shard.v1.FromShard(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66unctions/edge/shard.proto\x12\x14\x65\x64gecascade.shard.v1\"k\n\x07ToShard\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.edgecascade.shard.v1.OpenH\x00\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PieceH\x00\x42\x06\n\x04what\"\x89\x01\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x01\x12\x0e\n\x06prefix\x18\x06 \x03(\x0c\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\"Z\n\x06States\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.edgecascade.shard.v1.Encoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\xac\x01\n\x05Piece\x12,\n\x06states\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.States\x12(\n\x04want\x18\x02 \x01(\x0e\x32\x1a.edgecascade.shard.v1.Want\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x12\r\n\x05start\x18\x04 \x01(\r\x12-\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Choice\"a\n\x06\x43hoice\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x0c\n\x04\x64raw\x18\x04 \x01(\x01\x12\x0f\n\x07\x61llowed\x18\x05 \x01(\x0c\"\xb2\x01\n\tFromShard\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.OpenedH\x00\x12,\n\x05picks\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PicksH\x00\x12.\n\x06states\x18\x03 \x01(\x0b\x32\x1c.edgecascade.shard.v1.StatesH\x00\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\x42\x06\n\x04what\"\x1d\n\x06Opened\x12\x13\n\x0bheld_tokens\x18\x01 \x01(\r\"4\n\x05Picks\x12+\n\x05picks\x18\x01 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Picked\"\\\n\x06Picked\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01**\n\x04Want\x12\x0b\n\x07NOTHING\x10\x00\x12\t\n\x05TOKEN\x10\x01\x12\n\n\x06STATES\x10\x02*(\n\x08\x45ncoding\x12\x08\n\x04\x46P32\x10\x00\x12\x08\n\x04\x46P16\x10\x01\x12\x08\n\x04INT8\x10\x02\x32V\n\x05Shard\x12M\n\x07Session\x12\x1d.edgecascade.shard.v1.ToShard\x1a\x1f.edgecascade.shard.v1.FromShard(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'functions.edge.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WANT']._serialized_start=906
-  _globals['_WANT']._serialized_end=948
-  _globals['_ENCODING']._serialized_start=950
-  _globals['_ENCODING']._serialized_end=990
+  _globals['_WANT']._serialized_start=1027
+  _globals['_WANT']._serialized_end=1069
+  _globals['_ENCODING']._serialized_start=1071
+  _globals['_ENCODING']._serialized_end=1111
   _globals['_TOSHARD']._serialized_start=52
   _globals['_TOSHARD']._serialized_end=159
-  _globals['_OPEN']._serialized_start=161
-  _globals['_OPEN']._serialized_end=267
-  _globals['_STATES']._serialized_start=269
-  _globals['_STATES']._serialized_end=359
-  _globals['_PIECE']._serialized_start=362
-  _globals['_PIECE']._serialized_end=518
-  _globals['_CHOICE']._serialized_start=520
-  _globals['_CHOICE']._serialized_end=617
-  _globals['_FROMSHARD']._serialized_start=620
-  _globals['_FROMSHARD']._serialized_end=800
-  _globals['_OPENED']._serialized_start=802
-  _globals['_OPENED']._serialized_end=810
-  _globals['_PICKED']._serialized_start=812
-  _globals['_PICKED']._serialized_end=904
-  _globals['_SHARD']._serialized_start=992
-  _globals['_SHARD']._serialized_end=1078
+  _globals['_OPEN']._serialized_start=162
+  _globals['_OPEN']._serialized_end=299
+  _globals['_STATES']._serialized_start=301
+  _globals['_STATES']._serialized_end=391
+  _globals['_PIECE']._serialized_start=394
+  _globals['_PIECE']._serialized_end=566
+  _globals['_CHOICE']._serialized_start=568
+  _globals['_CHOICE']._serialized_end=665
+  _globals['_FROMSHARD']._serialized_start=668
+  _globals['_FROMSHARD']._serialized_end=846
+  _globals['_OPENED']._serialized_start=848
+  _globals['_OPENED']._serialized_end=877
+  _globals['_PICKS']._serialized_start=879
+  _globals['_PICKS']._serialized_end=931
+  _globals['_PICKED']._serialized_start=933
+  _globals['_PICKED']._serialized_end=1025
+  _globals['_SHARD']._serialized_start=1113
+  _globals['_SHARD']._serialized_end=1199
 # @@protoc_insertion_point(module_scope)
