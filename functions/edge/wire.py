@@ -159,9 +159,7 @@ def encode_piece(piece: Piece, encoding: Encoding) -> pb.ToShard:
     ]
     states = encode_states(piece.states, encoding)
     want = _WANTS[piece.want]
-    return pb.ToShard(
-        piece=pb.Piece(states=states, start=piece.start, want=want, choices=choices, again=piece.again)
-    )
+    return pb.ToShard(piece=pb.Piece(states=states, start=piece.start, want=want, choices=choices, again=piece.again))
 
 
 def decode_piece(message: pb.Piece, width: int, vocab_size: int, most: int) -> Piece:

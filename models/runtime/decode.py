@@ -109,7 +109,7 @@ class Guide(Protocol):
         """What may come next, now and after each of `ids`, should the answer go on with them; nothing is taken.
 
         A bit for each id of the vocabulary, most significant first; no bits: anything; None: nothing is chosen there,
-        since it is forced. Ends early where the answer would end, or would be forced to go on otherwise.
+        since it is forced. Ends early where the answer cannot go on with them.
         """
 
 

@@ -25,10 +25,7 @@ from models.runtime.tier import Limits
 Floats = NDArray[np.float32]
 Row = TypeVar("Row")
 Read = Callable[[Sequence[int], Sequence[int]], Sequence[Row]]
-"""Reads ids and a draft of what follows; row k, of 1 + len(draft), is for after k of the draft.
-
-With fewer rows less of the draft was read.
-"""
+"""Reads ids and a draft of what follows; row k, of 1 + len(draft), is for after k of the draft."""
 
 FIRST_PIECE, PIECE = 8, 32
 """Tokens of a draft that are verified at once: as many as agreed before, within these bounds, since what follows the
@@ -83,7 +80,7 @@ class Chooser(Rewinds, Protocol):
     def choose(
         self, new: Sequence[int], draft: Sequence[int], guide: Guide, limits: Limits, draws: Draws
     ) -> Sequence[Pick]:
-        """Read ids and a draft of what follows, as far as the guide allows it; pick after each. Nothing is drawn."""
+        """Read ids and a draft of what follows; pick after them and after each of the draft. Nothing is drawn."""
 
 
 class Proposer(Protocol):
@@ -203,11 +200,10 @@ class _Ahead(Generic[Row]):
             return self._rows[0]
         if agreed < len(self._ahead):
             self._sequence.rewind(self._sequence.length - len(self._ahead) + agreed)
-        self._proposer, guessed = self._guess(len(new) - agreed)
-        self._rows = read(new[agreed:], guessed)
-        self._ahead = guessed[: len(self._rows) - 1]
+        self._proposer, self._ahead = self._guess(len(new) - agreed)
         if self._proposer is not None:
             self._proposer.proposed += len(self._ahead)
+        self._rows = read(new[agreed:], self._ahead)
         return self._rows[0]
 
     def _guess(self, n_new: int) -> tuple[Proposer | None, Sequence[int]]:

@@ -222,6 +222,14 @@ def chunks(ids: Sequence[int], gone: Callable[[], bool] | None) -> Iterator[Sequ
         yield ids[at : at + CHUNK]
 
 
+def _long_chunks(ids: Sequence[int], gone: Callable[[], bool] | None) -> Iterator[Sequence[int]]:
+    """Cut so that no end is too short for what reads many tokens: which tokens it reads must not hang on the cuts."""
+    tail = len(ids) % CHUNK
+    half = len(ids) - tail - CHUNK // 2 if 0 < tail < LONG and len(ids) > CHUNK else len(ids)
+    yield from chunks(ids[:half], gone)
+    yield from chunks(ids[half:], gone)
+
+
 def passes(
     ids: Sequence[int], n_rows: int, gone: Callable[[], bool] | None, *, begins: bool, long: bool, exact: bool
 ) -> Iterator[tuple[Sequence[int], int]]:
@@ -232,16 +240,16 @@ def passes(
     """
     left = list(ids)
     if long and len(left) - n_rows + 1 >= LONG:
-        yield from ((chunk, 0) for chunk in chunks(left[:-n_rows], gone))
+        yield from ((chunk, 0) for chunk in _long_chunks(left[:-n_rows], gone))
         left, begins = left[-n_rows:], False
     for chunk in chunks(left, gone):
         left = left[len(chunk) :]
         rows = min(len(chunk), max(0, n_rows - len(left)))
-        if exact and begins and len(chunk) % TILE == 1 < len(chunk):
-            yield chunk[:1], max(0, rows - len(chunk) + 1)
-            chunk, rows = chunk[1:], min(rows, len(chunk) - 1)
+        first = int(exact and begins and len(chunk) % TILE == 1 < len(chunk))
+        if first:
+            yield chunk[:first], max(0, rows - len(chunk) + first)
         begins = False
-        yield chunk, rows
+        yield chunk[first:], min(rows, len(chunk) - first)
 
 
 class TokenSequence:

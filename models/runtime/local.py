@@ -19,7 +19,7 @@ from models.artifact.store import Artifact
 from models.errors import PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
-from models.runtime.decode import Guide, Vocabulary, decode, decode_by
+from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
 from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
 from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
 from models.runtime.exported import ExportedDecoder
@@ -187,7 +187,7 @@ class TextWriter:
         if isinstance(sequence, Chooser):
             choose = ChooseAhead(sequence, ids, proposers, guide, most).choose
             return decode_by(choose, ids, self._vocabulary, limits, room, guide)
-        step = sequence.logits
+        step: Step = sequence.logits
         if proposers and isinstance(sequence, Verifier):
             step = ReadAhead(sequence, ids, proposers, guide, most).step
         return decode(step, ids, self._vocabulary, limits, room, guide)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ from models.artifact.store import Artifact
 from models.errors import ArtifactError, LinkLostError, ShardsLostError
 from models.runtime.decode import Guide
 from models.runtime.engine import CHUNK, TILE, Embeddings, check_room, chunks, passes
-from models.runtime.layers import Floats
-from models.runtime.links import GREEDY, Answer, Choice, Link, LinkSession, Opening, Piece, Picks, Want, masked
+from models.runtime.layers import LONG, Floats
+from models.runtime.links import GREEDY, Answer, Choice, Link, LinkSession, Opening, Picks, Piece, Want, masked
 from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of, stats_of
 from models.runtime.prefixes import BLOCK_TOKENS, block_keys
 from models.runtime.sampling import Draws, Pick, pick
@@ -310,10 +310,16 @@ class PipelineDecoder:
         return self._lane.alone
 
     def prefix(self, ids: Sequence[int]) -> list[bytes]:
-        """The keys of the blocks that a prompt begins with; its last token must be read to go on."""
+        """The keys of the blocks that a prompt begins with, of which shards may hold some.
+
+        So many that the rest is rounded as if all were read: it is read by what reads many tokens, if there is such,
+        and fills tiles of the attention as far as it would (docs/decisions/0016).
+        """
         if self._lane.prefixes is None:
             return []
-        return block_keys(ids[:-1], salt=b"exact" if self.exact else b"")
+        keys = block_keys(ids[: -LONG - 1], salt=b"exact" if self.exact else b"")
+        together = max(1, 2 * self.shape.head_dim // BLOCK_TOKENS)
+        return keys[: len(keys) // together * together]
 
 
 @contextmanager
@@ -377,16 +383,14 @@ class PipelineSequence:
         Raises `ShardsLostError`, `PromptTooLongError`.
         """
         decoder, found = self._decoder, list[Pick]()
-        choices = _choices(guide.ahead(draft), limits, draws)
-        left = [*new, *draft[: len(choices) - 1]]
+        choices = _choices(guide.ahead(draft), 1 + len(draft), limits, draws)
+        left = [*new, *draft]
         check_room(left, decoder.context, self.room)
         begins = not self._ids
         if begins:
             self._recall(new)
             left = left[self.length :]
-        cut = passes(
-            left, len(choices), self._gone, begins=not self._ids, long=decoder.has_long, exact=decoder.exact
-        )
+        cut = passes(left, len(choices), self._gone, begins=not self._ids, long=decoder.has_long, exact=decoder.exact)
         for chunk, rows in cut:
             if not rows:
                 self._send(chunk, Want.NOTHING)
@@ -430,9 +434,9 @@ class PipelineSequence:
         self._ids += ids
 
 
-def _choices(allowed: Iterator[bytes | None], limits: Limits, draws: Draws) -> list[Choice]:
-    """How to pick after each token of a draft; where something is forced nobody asks for the pick, nor draws."""
-    bits = list(allowed)
+def _choices(allowed: Iterator[bytes | None], count: int, limits: Limits, draws: Draws) -> list[Choice]:
+    """How to pick so many tokens in a row; those that are forced, or that an answer cannot get to, nobody looks at."""
+    bits = list(islice(chain(allowed, repeat(None)), count))
     chances = iter(draws.ahead(sum(each is not None for each in bits)) if limits.temperature > 0 else repeat(0.0))
     how = Choice(limits.temperature, limits.top_p, limits.top_logprobs)
     return [GREEDY if each is None else replace(how, draw=next(chances), allowed=each) for each in bits]
@@ -472,4 +476,6 @@ def open_head(
     context = min(options.context, m.architecture.context)
     lane = stage.lanes.get(PLAIN) or next(iter(stage.lanes.values()))
 
-    return LocalTier(card_of(name, m, context, stage.provider), reader, writer, lambda: stats_of(lane.turns, lane.prefixes, writer))
+    return LocalTier(
+        card_of(name, m, context, stage.provider), reader, writer, lambda: stats_of(lane.turns, lane.prefixes, writer)
+    )

@@ -185,7 +185,9 @@ class StageSession:
             self._made = np.concatenate([self._made[:begins], self._result])
         if lane.prefixes is not None:
             keys = self._prefix[: self.length // BLOCK_TOKENS]
-            lane.prefixes.add_keys(keys, lambda at: PrefixBlock(memory.read(self.slot, at), self._made[at.start : at.stop].copy()))
+            lane.prefixes.add_keys(
+                keys, lambda at: PrefixBlock(memory.read(self.slot, at), self._made[at.start : at.stop].copy())
+            )
 
     def stepped(self, result: Floats) -> None:
         """Take note that the next state was read."""
