@@ -3,6 +3,9 @@
 Each query is asked of the tier alone and then with a draft, one after the other, so that a busy machine slows both. A
 draft is the tier's own answer with some words replaced, or what another tier says. With `exact` the tier is measured
 once more as it is without `EXACT_DRAFTS`, which makes single steps slower: the gain over that is what a user sees.
+
+In shards each piece of an answer waits for every hop, so a draft saves hops too. Here shards are called, and a hop's
+delay is waited for: computing is measured, the network modelled.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.errors import BenchError
+from bench.sharded import even_cut, n_layers
+from models.runtime.inprocess import InProcessLink
+from models.runtime.links import Answer, Link, LinkSession, Opening, Piece
 from models.runtime.local import LocalTier
+from models.runtime.pipeline import Replicas, open_head
+from models.runtime.sessions import EngineOptions
+from models.runtime.stage import Stage
 from models.runtime.tier import Chat, Limits, Token
 
 OWN, NONE = "own", "none"
@@ -30,7 +39,8 @@ _WRONG_WORDS = ("lantern", "however", "seven", "never", "blue", "Thursday", "of"
 class Plan:
     """What is measured. `drafts` is 'own', 'none' or the folder of the tier that writes them.
 
-    `corrupt`: share of a draft's words that are replaced; `lookup_tokens` are for the tier that is given drafts.
+    `corrupt`: share of a draft's words that are replaced; `lookup_tokens` are for the tier that is given drafts, which
+    is cut into `shards`, `hop_ms` away from each other.
     """
 
     tier: Path
@@ -40,6 +50,8 @@ class Plan:
     exact: bool = False
     max_tokens: int = 32
     threads: int = 2
+    shards: int = 1
+    hop_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,13 @@ class Bench:
         return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted)
 
     def _open(self, path: Path, *, exact: bool = False, lookup_tokens: int = 0) -> LocalTier:
-        tier = LocalTier.open(
-            path, "drafts", self._plan.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
+        options = EngineOptions(self._plan.threads, sequences=1, exact_drafts=exact)
+        tier = (
+            LocalTier.open(
+                path, "drafts", options.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
+            )
+            if self._plan.shards == 1 or path != self._plan.tier
+            else in_shards(path, options, lookup_tokens, self._plan.shards, self._plan.hop_ms / 1e3)
         )
         if not tier.card.chats:
             raise BenchError(f"{path} writes no text; name a tier that chats")
@@ -100,6 +117,49 @@ class Bench:
             return ""
         said = alone if self._drafter is None else self._answer(self._drafter, chat)[1]
         return corrupted("".join(token.text for token in said), self._plan.corrupt, self._rng)
+
+
+def in_shards(path: Path, options: EngineOptions, lookup_tokens: int, count: int, hop_s: float) -> LocalTier:
+    """The tier in so many shards, which call each other; raises `BenchError`."""
+    head, *others = even_cut(n_layers(path), count)
+    beyond: Replicas | None = None
+    for layers in reversed(others):
+        beyond = _reached(_Far(InProcessLink(Stage.open(path, layers, options), beyond), hop_s))
+    if beyond is None:
+        raise BenchError("one shard is the whole tier")
+    return open_head(path, "drafts", head.stop, beyond, options, lookup_tokens=lookup_tokens)
+
+
+def _reached(link: Link) -> Replicas:
+    return Replicas(lambda: [link])
+
+
+class _Far:
+    """A link whose answers are on their way for `hop_s`, and what they answer for as long."""
+
+    def __init__(self, link: Link, hop_s: float) -> None:
+        self.name, self._link, self._hop_s = link.name, link, hop_s
+
+    def open(self, opening: Opening) -> LinkSession:
+        """Begin a session."""
+        return _FarSession(self._link.open(opening), self._hop_s)
+
+
+class _FarSession:
+    leaving = False
+
+    def __init__(self, session: LinkSession, hop_s: float) -> None:
+        self.held_tokens, self._session, self._hop_s = session.held_tokens, session, hop_s
+
+    def send(self, piece: Piece) -> None:
+        self._session.send(piece)
+
+    def receive(self) -> Answer:
+        time.sleep(2 * self._hop_s)
+        return self._session.receive()
+
+    def close(self) -> None:
+        self._session.close()
 
 
 def corrupted(text: str, share: float, rng: random.Random) -> str:
