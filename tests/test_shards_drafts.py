@@ -227,3 +227,24 @@ def test_prefixes_travel_by_their_keys(remote: Tier, whole: Callable[[str, bool]
     for _ in range(5):
         assert said(remote, LIMITS, LONG_PROMPT) == wanted
     assert remote.stats().prefix_reused_tokens > 0
+
+
+@pytest.mark.parametrize("stopped_after", [0, 3, 11])
+def test_a_shard_that_goes_in_the_middle_of_a_draft_costs_no_bit(
+    paths: Callable[[str], Path], whole: Callable[[str, bool], LocalTier], stopped_after: int
+) -> None:
+    """The one at work is stopped without grace; another replica is sent all pieces again, rewound ones too."""
+    limits = Limits(max_tokens=30, temperature=0.8, seed=3)
+    alone = said(whole("int4", False), limits, "the then")
+    drafted = replace(limits, draft=text_of(alone)[:14] + " the then he")
+    wanted = said(whole("int4", False), drafted, "the then")
+    options = replace(OPTIONS, prefix_cache_bytes=MB)
+    with linked(paths("int4"), (0, 1, 2, N), 2, options=options, lookup_tokens=0) as rig:
+        found = []
+        for number, token in enumerate(rig.tier.generate(Completion("the then"), drafted)):
+            found.append(replace(token, draft=None))
+            if number == stopped_after:
+                for victim in [served for served in rig.shards.values() if served.service.open_sessions]:
+                    victim.server.stop(0.0)
+        assert found == wanted
+        assert rig.replicas.stats.resumed > 0

@@ -246,7 +246,7 @@ def test_a_shard_that_goes_in_the_middle_costs_no_bit(path: Path, wanted: list[T
                 if number == stopped_after:
                     at_work(rig, part).server.stop(0.0)
             assert found == wanted
-        assert sum(served.service.open_sessions for served in rig.shards.values()) == 0
+        wait_until(lambda rig=rig: not any(served.service.open_sessions for served in rig.shards.values()))
 
 
 def at_work(rig: Rig, part: int) -> Served:
