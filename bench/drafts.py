@@ -56,7 +56,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Asked:
-    """One query: seconds alone, with a draft, and alone without `EXACT_DRAFTS`; tokens; what came of the draft."""
+    """One query: seconds alone, with a draft, and alone without `EXACT_DRAFTS`; tokens; what came of the draft.
+
+    Of shards also how often an answer was waited for at a hop, alone and with a draft.
+    """
 
     alone_s: float
     drafted_s: float
@@ -65,13 +68,15 @@ class Asked:
     same: bool
     proposed: int
     accepted: int
+    alone_hops: int = 0
+    drafted_hops: int = 0
 
 
 class Bench:
     """The opened tiers of a plan; raises `BenchError` where a tier writes no text."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._rng = plan, random.Random(1)
+        self._plan, self._rng, self._hops = plan, random.Random(1), Hops(plan.hop_ms / 1e3)
         self._alone = self._open(plan.tier, exact=plan.exact)
         self._plain = self._open(plan.tier) if plan.exact else self._alone
         lookup = plan.lookup_tokens
@@ -82,17 +87,20 @@ class Bench:
         """Ask one query in all ways."""
         chat, stats = Chat(({"role": "user", "content": text},)), self._drafted.stats
         plain_s, _ = self._answer(self._plain, chat)
+        begun = self._hops.count
         alone_s, alone = self._answer(self._alone, chat)
-        draft, before = self._draft(chat, alone), stats()
+        alone_hops = self._hops.count - begun
+        draft, before, begun = self._draft(chat, alone), stats(), self._hops.count
         drafted_s, drafted = self._answer(self._drafted, chat, draft)
-        after = stats()
+        after, drafted_hops = stats(), self._hops.count - begun
         proposed, accepted = (
             getattr(after, f"{source}_{what}_tokens") - getattr(before, f"{source}_{what}_tokens")
             for what in ("proposed", "accepted")
             for source in ("lookup" if self._plan.drafts == NONE else "draft",)
         )
         same = [token.id for token in alone] == [token.id for token in drafted]
-        return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted)
+        hops = alone_hops, drafted_hops
+        return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted, *hops)
 
     def _open(self, path: Path, *, exact: bool = False, lookup_tokens: int = 0) -> LocalTier:
         options = EngineOptions(self._plan.threads, sequences=1, exact_drafts=exact)
@@ -101,7 +109,7 @@ class Bench:
                 path, "drafts", options.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
             )
             if self._plan.shards == 1 or path != self._plan.tier
-            else in_shards(path, options, lookup_tokens, self._plan.shards, self._plan.hop_ms / 1e3)
+            else in_shards(path, options, lookup_tokens, self._plan.shards, self._hops)
         )
         if not tier.card.chats:
             raise BenchError(f"{path} writes no text; name a tier that chats")
@@ -119,12 +127,25 @@ class Bench:
         return corrupted("".join(token.text for token in said), self._plan.corrupt, self._rng)
 
 
-def in_shards(path: Path, options: EngineOptions, lookup_tokens: int, count: int, hop_s: float) -> LocalTier:
+@dataclass
+class Hops:
+    """How long a message takes from shard to shard, and how many answers were waited for."""
+
+    one_way_s: float
+    count: int = 0
+
+    def wait(self) -> None:
+        """There and back."""
+        self.count += 1
+        time.sleep(2 * self.one_way_s)
+
+
+def in_shards(path: Path, options: EngineOptions, lookup_tokens: int, count: int, hops: Hops) -> LocalTier:
     """The tier in so many shards, which call each other; raises `BenchError`."""
     head, *others = even_cut(n_layers(path), count)
     beyond: Replicas | None = None
     for layers in reversed(others):
-        beyond = _reached(_Far(InProcessLink(Stage.open(path, layers, options), beyond), hop_s))
+        beyond = _reached(_Far(InProcessLink(Stage.open(path, layers, options), beyond), hops))
     if beyond is None:
         raise BenchError("one shard is the whole tier")
     return open_head(path, "drafts", head.stop, beyond, options, lookup_tokens=lookup_tokens)
@@ -135,27 +156,27 @@ def _reached(link: Link) -> Replicas:
 
 
 class _Far:
-    """A link whose answers are on their way for `hop_s`, and what they answer for as long."""
+    """A link whose answers take a hop there and back."""
 
-    def __init__(self, link: Link, hop_s: float) -> None:
-        self.name, self._link, self._hop_s = link.name, link, hop_s
+    def __init__(self, link: Link, hops: Hops) -> None:
+        self.name, self._link, self._hops = link.name, link, hops
 
     def open(self, opening: Opening) -> LinkSession:
         """Begin a session."""
-        return _FarSession(self._link.open(opening), self._hop_s)
+        return _FarSession(self._link.open(opening), self._hops)
 
 
 class _FarSession:
     leaving = False
 
-    def __init__(self, session: LinkSession, hop_s: float) -> None:
-        self.held_tokens, self._session, self._hop_s = session.held_tokens, session, hop_s
+    def __init__(self, session: LinkSession, hops: Hops) -> None:
+        self.held_tokens, self._session, self._hops = session.held_tokens, session, hops
 
     def send(self, piece: Piece) -> None:
         self._session.send(piece)
 
     def receive(self) -> Answer:
-        time.sleep(2 * self._hop_s)
+        self._hops.wait()
         return self._session.receive()
 
     def close(self) -> None:
@@ -191,6 +212,8 @@ def figures(asked: Sequence[Asked]) -> dict[str, float]:
         "accepted": accepted,
         "acceptance": accepted / proposed if proposed else 0.0,
         "accepted_share_of_tokens": accepted / tokens,
+        "hops_alone": sum(a.alone_hops for a in asked),
+        "hops": sum(a.drafted_hops for a in asked),
         "speed_up": alone_s / drafted_s,
         "speed_up_median": median(a.alone_s / a.drafted_s for a in asked),
         "speed_up_over_plain": plain_s / drafted_s,
@@ -206,6 +229,9 @@ def report(found: dict[str, float]) -> None:
     table.add_row("identical to the tier alone", f"{found['identical']:.0f} of {found['queries']:.0f}")
     table.add_row("proposed tokens accepted", f"{found['accepted']:.0f} of {found['proposed']:.0f}")
     table.add_row("of the answers' tokens", f"{100 * found['accepted_share_of_tokens']:.0f} %")
+    if found["hops_alone"]:
+        table.add_row("waits at a hop, alone", f"{found['hops_alone']:.0f}")
+        table.add_row("with drafts", f"{found['hops']:.0f}")
     table.add_row("speed-up, all answers (median)", f"{found['speed_up']:.2f} ({found['speed_up_median']:.2f})")
     over = f"{found['speed_up_over_plain']:.2f} ({found['speed_up_over_plain_median']:.2f})"
     table.add_row("over the tier without EXACT_DRAFTS", over)

@@ -45,6 +45,7 @@ def test_drafts_change_nothing_in_shards(tier: Path, shards: int, lookup: int) -
     found = figures(measure(plan, TEXTS, quiet))
     assert (found["queries"], found["identical"]) == (3, 3)
     assert found["proposed"] > 0
+    assert 0 < found["hops"] <= found["hops_alone"]
 
 
 def test_words_are_replaced_at_the_rate_asked_for() -> None:
