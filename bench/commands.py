@@ -93,12 +93,15 @@ def drafts(
     exact: Annotated[bool, typer.Option(help="Run the tier with EXACT_DRAFTS.")] = True,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens an answer.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+    shards: Annotated[int, typer.Option(min=1, help="Cut the tier into so many shards, which call each other.")] = 1,
+    hop_ms: Annotated[float, typer.Option(min=0, help="What a message between shards takes, which is waited.")] = 0.0,
 ) -> None:
     """Measure what drafts of answers save, and whether they change the answers; the last line is JSON.
 
     Examples: edgecascade bench drafts var/edge --corrupt 0.2 --queries 200
               edgecascade bench drafts var/edge --drafts var/edge-gptq --corrupt 0
               edgecascade bench drafts var/edge --drafts none --lookup 4
+              edgecascade bench drafts var/edge --shards 2 --hop-ms 5
     """
     from bench.drafts import Plan, figures, measure, report
     from bench.progress import bar
@@ -106,7 +109,8 @@ def drafts(
     rooms: Rooms = context.obj
     texts = [query.text for query in _queries(rooms, data, ["assistant"], queries)]
     with bar("asking") as progress:
-        asked = measure(Plan(tier, source, corrupt, lookup, exact, max_tokens, threads), texts, progress)
+        plan = Plan(tier, source, corrupt, lookup, exact, max_tokens, threads, shards, hop_ms)
+        asked = measure(plan, texts, progress)
     report(figures(asked))
 
 

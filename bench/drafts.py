@@ -3,6 +3,9 @@
 Each query is asked of the tier alone and then with a draft, one after the other, so that a busy machine slows both. A
 draft is the tier's own answer with some words replaced, or what another tier says. With `exact` the tier is measured
 once more as it is without `EXACT_DRAFTS`, which makes single steps slower: the gain over that is what a user sees.
+
+In shards each piece of an answer waits for every hop, so a draft saves hops too. Here shards are called, and a hop's
+delay is waited for: computing is measured, the network modelled.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.errors import BenchError
+from bench.sharded import even_cut, n_layers
+from models.runtime.inprocess import InProcessLink
+from models.runtime.links import Answer, Link, LinkSession, Opening, Piece
 from models.runtime.local import LocalTier
+from models.runtime.pipeline import Replicas, open_head
+from models.runtime.sessions import EngineOptions
+from models.runtime.stage import Stage
 from models.runtime.tier import Chat, Limits, Token
 
 OWN, NONE = "own", "none"
@@ -30,7 +39,8 @@ _WRONG_WORDS = ("lantern", "however", "seven", "never", "blue", "Thursday", "of"
 class Plan:
     """What is measured. `drafts` is 'own', 'none' or the folder of the tier that writes them.
 
-    `corrupt`: share of a draft's words that are replaced; `lookup_tokens` are for the tier that is given drafts.
+    `corrupt`: share of a draft's words that are replaced; `lookup_tokens` are for the tier that is given drafts, which
+    is cut into `shards`, `hop_ms` away from each other.
     """
 
     tier: Path
@@ -40,11 +50,16 @@ class Plan:
     exact: bool = False
     max_tokens: int = 32
     threads: int = 2
+    shards: int = 1
+    hop_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One query: seconds alone, with a draft, and alone without `EXACT_DRAFTS`; tokens; what came of the draft."""
+    """One query: seconds alone, with a draft, and alone without `EXACT_DRAFTS`; tokens; what came of the draft.
+
+    Of shards also how often an answer was waited for at a hop, alone and with a draft.
+    """
 
     alone_s: float
     drafted_s: float
@@ -53,13 +68,15 @@ class Asked:
     same: bool
     proposed: int
     accepted: int
+    alone_hops: int = 0
+    drafted_hops: int = 0
 
 
 class Bench:
     """The opened tiers of a plan; raises `BenchError` where a tier writes no text."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._rng = plan, random.Random(1)
+        self._plan, self._rng, self._hops = plan, random.Random(1), Hops(plan.hop_ms / 1e3)
         self._alone = self._open(plan.tier, exact=plan.exact)
         self._plain = self._open(plan.tier) if plan.exact else self._alone
         lookup = plan.lookup_tokens
@@ -70,21 +87,29 @@ class Bench:
         """Ask one query in all ways."""
         chat, stats = Chat(({"role": "user", "content": text},)), self._drafted.stats
         plain_s, _ = self._answer(self._plain, chat)
+        begun = self._hops.count
         alone_s, alone = self._answer(self._alone, chat)
-        draft, before = self._draft(chat, alone), stats()
+        alone_hops = self._hops.count - begun
+        draft, before, begun = self._draft(chat, alone), stats(), self._hops.count
         drafted_s, drafted = self._answer(self._drafted, chat, draft)
-        after = stats()
+        after, drafted_hops = stats(), self._hops.count - begun
         proposed, accepted = (
             getattr(after, f"{source}_{what}_tokens") - getattr(before, f"{source}_{what}_tokens")
             for what in ("proposed", "accepted")
             for source in ("lookup" if self._plan.drafts == NONE else "draft",)
         )
         same = [token.id for token in alone] == [token.id for token in drafted]
-        return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted)
+        hops = alone_hops, drafted_hops
+        return Asked(alone_s, drafted_s, plain_s, len(drafted), same, proposed, accepted, *hops)
 
     def _open(self, path: Path, *, exact: bool = False, lookup_tokens: int = 0) -> LocalTier:
-        tier = LocalTier.open(
-            path, "drafts", self._plan.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
+        options = EngineOptions(self._plan.threads, sequences=1, exact_drafts=exact)
+        tier = (
+            LocalTier.open(
+                path, "drafts", options.threads, sequences=1, exact_drafts=exact, lookup_tokens=lookup_tokens
+            )
+            if self._plan.shards == 1 or path != self._plan.tier
+            else in_shards(path, options, lookup_tokens, self._plan.shards, self._hops)
         )
         if not tier.card.chats:
             raise BenchError(f"{path} writes no text; name a tier that chats")
@@ -100,6 +125,62 @@ class Bench:
             return ""
         said = alone if self._drafter is None else self._answer(self._drafter, chat)[1]
         return corrupted("".join(token.text for token in said), self._plan.corrupt, self._rng)
+
+
+@dataclass
+class Hops:
+    """How long a message takes from shard to shard, and how many answers were waited for."""
+
+    one_way_s: float
+    count: int = 0
+
+    def wait(self) -> None:
+        """There and back."""
+        self.count += 1
+        time.sleep(2 * self.one_way_s)
+
+
+def in_shards(path: Path, options: EngineOptions, lookup_tokens: int, count: int, hops: Hops) -> LocalTier:
+    """The tier in so many shards, which call each other; raises `BenchError`."""
+    head, *others = even_cut(n_layers(path), count)
+    beyond: Replicas | None = None
+    for layers in reversed(others):
+        beyond = _reached(_Far(InProcessLink(Stage.open(path, layers, options), beyond), hops))
+    if beyond is None:
+        raise BenchError("one shard is the whole tier")
+    return open_head(path, "drafts", head.stop, beyond, options, lookup_tokens=lookup_tokens)
+
+
+def _reached(link: Link) -> Replicas:
+    return Replicas(lambda: [link])
+
+
+class _Far:
+    """A link whose answers take a hop there and back."""
+
+    def __init__(self, link: Link, hops: Hops) -> None:
+        self.name, self._link, self._hops = link.name, link, hops
+
+    def open(self, opening: Opening) -> LinkSession:
+        """Begin a session."""
+        return _FarSession(self._link.open(opening), self._hops)
+
+
+class _FarSession:
+    leaving = False
+
+    def __init__(self, session: LinkSession, hops: Hops) -> None:
+        self.held_tokens, self._session, self._hops = session.held_tokens, session, hops
+
+    def send(self, piece: Piece) -> None:
+        self._session.send(piece)
+
+    def receive(self) -> Answer:
+        self._hops.wait()
+        return self._session.receive()
+
+    def close(self) -> None:
+        self._session.close()
 
 
 def corrupted(text: str, share: float, rng: random.Random) -> str:
@@ -131,6 +212,8 @@ def figures(asked: Sequence[Asked]) -> dict[str, float]:
         "accepted": accepted,
         "acceptance": accepted / proposed if proposed else 0.0,
         "accepted_share_of_tokens": accepted / tokens,
+        "hops_alone": sum(a.alone_hops for a in asked),
+        "hops": sum(a.drafted_hops for a in asked),
         "speed_up": alone_s / drafted_s,
         "speed_up_median": median(a.alone_s / a.drafted_s for a in asked),
         "speed_up_over_plain": plain_s / drafted_s,
@@ -146,6 +229,9 @@ def report(found: dict[str, float]) -> None:
     table.add_row("identical to the tier alone", f"{found['identical']:.0f} of {found['queries']:.0f}")
     table.add_row("proposed tokens accepted", f"{found['accepted']:.0f} of {found['proposed']:.0f}")
     table.add_row("of the answers' tokens", f"{100 * found['accepted_share_of_tokens']:.0f} %")
+    if found["hops_alone"]:
+        table.add_row("waits at a hop, alone", f"{found['hops_alone']:.0f}")
+        table.add_row("with drafts", f"{found['hops']:.0f}")
     table.add_row("speed-up, all answers (median)", f"{found['speed_up']:.2f} ({found['speed_up_median']:.2f})")
     over = f"{found['speed_up_over_plain']:.2f} ({found['speed_up_over_plain_median']:.2f})"
     table.add_row("over the tier without EXACT_DRAFTS", over)

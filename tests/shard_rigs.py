@@ -27,14 +27,16 @@ from models.runtime.stage import Stage
 OPTIONS = EngineOptions(threads=1, spin=False, sequences=3)
 
 
-def in_process(path: Path, cuts: Sequence[int], options: EngineOptions = OPTIONS, **keys: Any) -> LocalTier:
+def in_process(
+    path: Path, cuts: Sequence[int], options: EngineOptions = OPTIONS, lookup_tokens: int = 0, **keys: Any
+) -> LocalTier:
     """The tier in shards that call each other; `cuts` are where they begin, and where the last ends."""
     beyond: Replicas | None = None
     for start, stop in reversed(list(pairwise(cuts[1:]))):
         link = InProcessLink(Stage.open(path, range(start, stop), options, **keys), beyond)
         beyond = _only(link)
     assert beyond is not None
-    return open_head(path, "edge", cuts[1], beyond, options, **keys)
+    return open_head(path, "edge", cuts[1], beyond, options, lookup_tokens=lookup_tokens, **keys)
 
 
 def _only(*links: Link) -> Replicas:
@@ -86,7 +88,14 @@ def directory(
 
 
 @contextmanager
-def linked(path: Path, cuts: Sequence[int], replicas: int = 1, encoding: Encoding = Encoding.FP32) -> Iterator[Rig]:
+def linked(
+    path: Path,
+    cuts: Sequence[int],
+    replicas: int = 1,
+    encoding: Encoding = Encoding.FP32,
+    options: EngineOptions = OPTIONS,
+    lookup_tokens: int = 0,
+) -> Iterator[Rig]:
     """The tier in shards that talk gRPC, `replicas` of each but the head."""
     with ExitStack() as stack:
         beyond: Replicas | None = None
@@ -94,7 +103,7 @@ def linked(path: Path, cuts: Sequence[int], replicas: int = 1, encoding: Encodin
         parts = list(enumerate(pairwise(cuts)))
         for part, (start, stop) in reversed(parts[1:]):
             for replica in range(replicas):
-                stage = Stage.open(path, range(start, stop), OPTIONS)
+                stage = Stage.open(path, range(start, stop), options)
                 served = shards[part, replica] = serve(stage, beyond, states=encoding)
                 stack.callback(served.server.stop, 0.0)
             addresses = [shards[part, replica].address for replica in range(replicas)]
@@ -102,7 +111,8 @@ def linked(path: Path, cuts: Sequence[int], replicas: int = 1, encoding: Encodin
             stack.callback(links.close)
             beyond = Replicas(links.links)
         assert beyond is not None
-        yield Rig(open_head(path, "edge", cuts[1], beyond, OPTIONS), beyond, shards)
+        head = open_head(path, "edge", cuts[1], beyond, options, lookup_tokens=lookup_tokens)
+        yield Rig(head, beyond, shards)
 
 
 class FlakyLink:
@@ -128,6 +138,10 @@ class FlakyLink:
 class _FlakySession:
     def __init__(self, flaky: FlakyLink, session: LinkSession) -> None:
         self._flaky, self._session = flaky, session
+
+    @property
+    def held_tokens(self) -> int:
+        return self._session.held_tokens
 
     @property
     def leaving(self) -> bool:

@@ -39,6 +39,15 @@ def test_drafts_change_nothing(tier: Path, drafts: str, lookup: int) -> None:
     assert found["speed_up"] > 0
 
 
+@pytest.mark.parametrize(("shards", "lookup"), [(2, 0), (3, 4)])
+def test_drafts_change_nothing_in_shards(tier: Path, shards: int, lookup: int) -> None:
+    plan = Plan(tier, "own", 0.2, lookup, exact=True, max_tokens=12, threads=1, shards=shards, hop_ms=0.1)
+    found = figures(measure(plan, TEXTS, quiet))
+    assert (found["queries"], found["identical"]) == (3, 3)
+    assert found["proposed"] > 0
+    assert 0 < found["hops"] <= found["hops_alone"]
+
+
 def test_words_are_replaced_at_the_rate_asked_for() -> None:
     text = "a b c d " * 250
     assert corrupted(text, 0.0, random.Random(1)) == text

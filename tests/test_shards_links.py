@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ BAD_OPENINGS = [
     ({"first_layer": 2}, "states are for layer 2; this shard begins with 1"),
     ({"variant": "wizard"}, "no variant 'wizard'"),
 ]
+BAD_PREFIXES = [[b"short"], [bytes(32)] * 2, [b""]]
 
 
 @pytest.mark.parametrize(("changes", "reason"), BAD_OPENINGS)
@@ -102,6 +104,12 @@ def test_who_does_not_continue_here_is_told_why(path: Path, served: Served, chan
     assert reason in said
 
 
+@pytest.mark.parametrize("prefix", BAD_PREFIXES)
+def test_keys_of_a_prefix_that_are_none_are_refused(path: Path, served: Served, prefix: list[bytes]) -> None:
+    code, said = refusal(served, opening(path, prefix=prefix))
+    assert (code, "'prefix'" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 BAD_PIECES = [
     ({"states": {"values": b"xx"}}, "have 2 bytes instead of 512"),
     ({"states": {"tokens": 0}}, "from 1 to 256"),
@@ -109,11 +117,14 @@ BAD_PIECES = [
     ({"states": {"encoding": 7}}, "way 7"),
     ({"states": {"values": np.full(2 * C, np.nan, "<f4").tobytes()}}, "no finite number"),
     ({"want": 9}, "wants 9"),
-    ({"want": pb.TOKEN, "choice": pb.Choice(top_p=7)}, "'top_p'"),
-    ({"want": pb.TOKEN, "choice": pb.Choice(temperature=-1)}, "'temperature'"),
-    ({"want": pb.TOKEN, "choice": pb.Choice(draw=1)}, "'draw'"),
-    ({"want": pb.TOKEN, "choice": pb.Choice(allowed=b"x")}, "'allowed'"),
-    ({"want": pb.TOKEN, "choice": pb.Choice(top_logprobs=1000)}, "'top_logprobs'"),
+    ({"want": pb.TOKEN}, "has 0 choices; 1 to 2 can be made"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice()] * 3}, "has 3 choices"),
+    ({"choices": [pb.Choice()]}, "has 1 choices; 0 to 0"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice(top_p=7)]}, "'top_p'"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice(temperature=-1)]}, "'temperature'"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice(draw=1)]}, "'draw'"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice(allowed=b"x")]}, "'allowed'"),
+    ({"want": pb.TOKEN, "choices": [pb.Choice(top_logprobs=1000)]}, "'top_logprobs'"),
 ]
 
 
@@ -134,9 +145,14 @@ def test_what_is_no_session_is_refused(path: Path, served: Served) -> None:
 
 
 def test_more_tokens_than_the_context_are_refused(path: Path, served: Served) -> None:
-    many = [piece(states={"tokens": 48, "values": bytes(48 * C * 4)})] * 3
+    many = [piece(start=48 * n, states={"tokens": 48, "values": bytes(48 * C * 4)}) for n in range(3)]
     code, said = refusal(served, opening(path), *many)
     assert (code, "there is room for 0" in said) == (grpc.StatusCode.OUT_OF_RANGE, True)
+
+
+def test_a_piece_that_follows_what_was_never_sent_is_refused(path: Path, served: Served) -> None:
+    code, said = refusal(served, opening(path), piece(), piece(start=3))
+    assert (code, "follows 3 tokens, and only 2 were read" in said) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
 
 
 def test_a_silent_session_is_ended(path: Path, impatient: Served) -> None:
@@ -191,17 +207,21 @@ def test_pieces_and_answers_arrive_as_they_were(
     seed: int, temperature: float, top_p: float, draw: float, n_top: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    choice = Choice(temperature, top_p, n_top, draw, bytes(rng.integers(0, 256, -(-V // 8), np.uint8)))
-    sent = Piece(rng.normal(size=(3, C)).astype(np.float32), Want.TOKEN, choice, bool(seed % 2))
+    bits = [b"", bytes(rng.integers(0, 256, -(-V // 8), np.uint8))]
+    choices = tuple(Choice(temperature, top_p, n_top, draw, allowed) for allowed in bits)
+    sent = Piece(rng.normal(size=(3, C)).astype(np.float32), seed % 7, Want.TOKEN, choices, bool(seed % 2))
     found = wire.decode_piece(wire.encode_piece(sent, wire.Encoding.FP32).piece, C, V, 3)
-    assert (found.want, found.choice, found.again) == (sent.want, sent.choice, sent.again)
-    picked = Pick(int(rng.integers(V)), -rng.random(), rng.random(), tuple((n, -rng.random()) for n in range(n_top)))
-    message = wire.encode_answer(picked, wire.Encoding.FP32, leaving=True)
+    assert replace(found, states=sent.states) == sent
+    picks = tuple(
+        Pick(int(rng.integers(V)), -rng.random(), rng.random(), tuple((n, -rng.random()) for n in range(n_top)))
+        for _ in range(3)
+    )
+    message = wire.encode_answer(picks, wire.Encoding.FP32, leaving=True)
     assert message.leaving
-    assert wire.decode_answer(message, C, V, 3) == picked
+    assert wire.decode_answer(message, C, V, 3) == picks
 
 
-@pytest.mark.parametrize("answer", [pb.FromShard(), pb.FromShard(picked=pb.Picked(id=V))])
+@pytest.mark.parametrize("answer", [pb.FromShard(), pb.FromShard(picks=pb.Picks(picks=[pb.Picked(id=V)]))])
 def test_an_answer_that_is_none_is_a_lost_link(answer: pb.FromShard) -> None:
     with pytest.raises(wire.WireError):
         wire.decode_answer(answer, C, V, 3)
@@ -233,7 +253,7 @@ def test_a_shard_that_goes_in_the_middle_costs_no_bit(path: Path, wanted: list[T
                 if number == stopped_after:
                     at_work(rig, part).server.stop(0.0)
             assert found == wanted
-        assert sum(served.service.open_sessions for served in rig.shards.values()) == 0
+        wait_until(lambda rig=rig: not any(served.service.open_sessions for served in rig.shards.values()))
 
 
 def at_work(rig: Rig, part: int) -> Served:

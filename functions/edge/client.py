@@ -18,7 +18,7 @@ from functions.edge import shard_pb2 as pb
 from functions.edge.config import is_loopback
 from functions.edge.shard_pb2_grpc import ShardStub
 from functions.edge.tls import Identity, Stamp
-from functions.edge.wire import PROTOCOL, Encoding, WireError, decode_answer, encode_piece
+from functions.edge.wire import PROTOCOL, Encoding, WireError, decode_answer, encode_piece, read_held, sent_prefix
 from models.errors import LinkLostError, ShardsLostError
 from models.runtime.links import Answer, Link, LinkSession, Opening, Piece
 
@@ -161,8 +161,17 @@ class GrpcLink:
                 ranks=self._hello.ranks,
                 head=self._hello.head,
                 place=opening.place,
+                prefix=sent_prefix(opening, self._encoding),
+                exact=opening.exact,
             )
         )
+
+    def held_tokens(self, message: pb.FromShard, opening: Opening) -> int:
+        """What the shard says that it holds of the prefix; raises `LinkLostError`."""
+        try:
+            return read_held(message.opened, opening)
+        except WireError as error:
+            raise LinkLostError(f"{self.name}: {error}") from error
 
     def encode(self, piece: Piece) -> pb.ToShard:
         """A piece as a message."""
@@ -191,7 +200,7 @@ class _Session:
         self._call: Any = channel.stub.Session(iter(self._out.get, None), timeout=timeout_s)
         self.leaving = False
         try:
-            self._next()
+            self.held_tokens = link.held_tokens(self._next(), opening)
         except BaseException:
             self._end()
             raise

@@ -26,6 +26,7 @@ from functions.edge.wire import (
     encode_answer,
     message_limit,
     model_digest,
+    read_prefix,
 )
 from functions.serving.web import log_failure
 from models.artifact.manifest import Manifest
@@ -167,7 +168,7 @@ class ShardService(SessionService):
         opening = self._opening(next(messages, None))
         shape, encoding = self.manifest.architecture, self._encoding
         with relay(self._stage, self._beyond, opening) as session:
-            yield pb.FromShard(opened=pb.Opened(), leaving=self.leaving())
+            yield pb.FromShard(opened=pb.Opened(held_tokens=session.held_tokens), leaving=self.leaving())
             for message in messages:
                 heard.since = None
                 if message.WhichOneof("what") != "piece":
@@ -186,7 +187,8 @@ class ShardService(SessionService):
             raise MismatchError(
                 f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
             )
-        return Opening(said.variant, self.expires(said), said.place)
+        prefix = read_prefix(said.prefix, self.manifest.architecture.context)
+        return Opening(said.variant, self.expires(said), said.place, prefix, said.exact)
 
 
 _ALTERNATIVE_NAMES = "x509_subject_alternative_name"

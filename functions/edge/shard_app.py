@@ -52,7 +52,9 @@ def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -
         spin=shard.spin,
         rests=True,
         sequences=sequences,
+        prefix_cache_bytes=config.prefix_cache_bytes,
         providers=config.providers,
+        exact_drafts=config.exact_drafts,
         slowdown=config.slowdown,
     )
 
@@ -177,6 +179,7 @@ def create_head(config: TierConfig, shard: ShardConfig) -> Flask:
             shard.layers.stop,
             further.replicas,
             options,
+            lookup_tokens=config.lookup_tokens,
             keys=wrapper,
             signer=signer,
         )
@@ -224,6 +227,7 @@ def create_shard(config: TierConfig, shard: ShardConfig) -> Flask:
         server = ShardServer(service, stage, shard, identity, options.sequences)
         site.metrics.expect(manifest.model_version)
         site.metrics.add(lambda labels: held_metrics(service, stage.held_bytes, labels))
+        site.metrics.add(lambda labels: prefix_metrics(stage, labels))
         if further is not None:
             site.metrics.add(further.metrics)
         server.start()
@@ -248,6 +252,22 @@ def _known(config: TierConfig, shard: ShardConfig) -> tuple[Manifest, Identity |
 
 def _variant(manifest: Manifest) -> str:
     return PLAIN if manifest.lm_head else FRAMES
+
+
+def prefix_metrics(stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
+    """What the prefix cache does, for Prometheus."""
+    prefix = stage.prefix_stats
+    for name, text, value in (
+        ("prefix_asked_tokens", "Prompt tokens looked up in the prefix cache.", prefix.asked_tokens),
+        ("prefix_reused_tokens", "Prompt tokens found in it, which were not read again.", prefix.reused_tokens),
+        ("prefix_evicted_blocks", "Blocks thrown out of it.", prefix.evicted_blocks),
+    ):
+        counter = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+        counter.add_metric(list(labels.values()), value)
+        yield counter
+    held = GaugeMetricFamily("edgecascade_prefix_held_bytes", "Held by the prefix cache.", labels=list(labels))
+    held.add_metric(list(labels.values()), prefix.held_bytes)
+    yield held
 
 
 def held_metrics(service: SessionService, held_bytes: int, labels: dict[str, str]) -> Iterable[Metric]:

@@ -34,12 +34,14 @@ class ToShard(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "place", "rank", "ranks", "head")
+    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "prefix", "exact", "place", "rank", "ranks", "head")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     PLACE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -49,11 +51,13 @@ class Open(_message.Message):
     first_layer: int
     variant: str
     remaining_ms: float
+    prefix: _containers.RepeatedScalarFieldContainer[bytes]
+    exact: bool
     place: int
     rank: int
     ranks: int
     head: str
-    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., place: _Optional[int] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., prefix: _Optional[_Iterable[bytes]] = ..., exact: _Optional[bool] = ..., place: _Optional[int] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("tokens", "encoding", "values")
@@ -66,16 +70,18 @@ class States(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("states", "want", "again", "choice")
+    __slots__ = ("states", "want", "again", "start", "choices")
     STATES_FIELD_NUMBER: _ClassVar[int]
     WANT_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
-    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     states: States
     want: Want
     again: bool
-    choice: Choice
-    def __init__(self, states: _Optional[_Union[States, _Mapping]] = ..., want: _Optional[_Union[Want, str]] = ..., again: _Optional[bool] = ..., choice: _Optional[_Union[Choice, _Mapping]] = ...) -> None: ...
+    start: int
+    choices: _containers.RepeatedCompositeFieldContainer[Choice]
+    def __init__(self, states: _Optional[_Union[States, _Mapping]] = ..., want: _Optional[_Union[Want, str]] = ..., again: _Optional[bool] = ..., start: _Optional[int] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("temperature", "top_p", "top_logprobs", "draw", "allowed")
@@ -92,22 +98,30 @@ class Choice(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_logprobs: _Optional[int] = ..., draw: _Optional[float] = ..., allowed: _Optional[bytes] = ...) -> None: ...
 
 class FromShard(_message.Message):
-    __slots__ = ("opened", "picked", "states", "logits", "leaving")
+    __slots__ = ("opened", "picks", "states", "logits", "leaving")
     OPENED_FIELD_NUMBER: _ClassVar[int]
-    PICKED_FIELD_NUMBER: _ClassVar[int]
+    PICKS_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
-    picked: Picked
+    picks: Picks
     states: States
     logits: bytes
     leaving: bool
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., picked: _Optional[_Union[Picked, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., logits: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., picks: _Optional[_Union[Picks, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., logits: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("held_tokens",)
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    held_tokens: int
+    def __init__(self, held_tokens: _Optional[int] = ...) -> None: ...
+
+class Picks(_message.Message):
+    __slots__ = ("picks",)
+    PICKS_FIELD_NUMBER: _ClassVar[int]
+    picks: _containers.RepeatedCompositeFieldContainer[Picked]
+    def __init__(self, picks: _Optional[_Iterable[_Union[Picked, _Mapping]]] = ...) -> None: ...
 
 class Picked(_message.Message):
     __slots__ = ("id", "logprob", "margin", "top_ids", "top_logprobs")

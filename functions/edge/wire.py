@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import numpy as np
 
 from functions.edge import shard_pb2 as pb
 from models.artifact.manifest import Manifest
-from models.runtime.links import Answer, Choice, Floats, Piece, Want
+from models.runtime.drafts import PIECE
+from models.runtime.links import Answer, Choice, Floats, Opening, Piece, Want
+from models.runtime.prefixes import BLOCK_TOKENS, KEY_BYTES
 from models.runtime.sampling import Pick
 
-PROTOCOL = 1
+PROTOCOL = 2
 _MAX_LOGPROBS = 64
+_MAX_CHOICES = 1 + PIECE
+"""Tokens picked in answer to one piece: after each of a draft, and before it."""
 _INT8_MAX = 127
 _FRAME_BYTES = 64 << 10
 """What a message may have beside its states and bits."""
@@ -55,7 +59,7 @@ def model_digest(manifest: Manifest) -> str:
 
 def message_limit(width: int, vocab_size: int, tokens: int) -> int:
     """The largest message, in bytes, with states of so many tokens or logits of one."""
-    return 4 * max(width * tokens, vocab_size) + vocab_size // 8 + _FRAME_BYTES
+    return 4 * max(width * tokens, vocab_size) + _MAX_CHOICES * (vocab_size // 8) + _FRAME_BYTES
 
 
 def states_bytes(width: int, tokens: int, encoding: Encoding) -> int:
@@ -121,20 +125,42 @@ _DECODERS: dict[Encoding, Callable[[bytes, int], Floats]] = {
 }
 
 
+# ---- prefixes ----
+
+
+def sent_prefix(opening: Opening, encoding: Encoding) -> list[bytes]:
+    """The keys of a prefix at the other end, where states that travelled with a loss are others than those without."""
+    if encoding is Encoding.FP32:
+        return list(opening.prefix)
+    return [hashlib.sha256(key + encoding.name.encode()).digest() for key in opening.prefix]
+
+
+def read_prefix(keys: Sequence[bytes], context: int) -> tuple[bytes, ...]:
+    """The keys as they were sent; raises `WireError` for what are none, or too many."""
+    if len(keys) > context // BLOCK_TOKENS or any(len(key) != KEY_BYTES for key in keys):
+        raise WireError("'prefix' of 'open' holds what are no keys, or more than the context has blocks")
+    return tuple(keys)
+
+
+def read_held(message: pb.Opened, opening: Opening) -> int:
+    """Tokens of the prefix that the shard holds; raises `WireError` for more than there are."""
+    if message.held_tokens > BLOCK_TOKENS * len(opening.prefix):
+        raise WireError("a shard says that it holds more of a prefix than there is")
+    return int(message.held_tokens)
+
+
 # ---- pieces ----
 
 
 def encode_piece(piece: Piece, encoding: Encoding) -> pb.ToShard:
     """A piece as a message."""
-    message = pb.Piece(states=encode_states(piece.states, encoding), want=_WANTS[piece.want], again=piece.again)
-    if piece.want is Want.TOKEN:
-        c = piece.choice
-        message.choice.CopyFrom(
-            pb.Choice(
-                temperature=c.temperature, top_p=c.top_p, top_logprobs=c.top_logprobs, draw=c.draw, allowed=c.allowed
-            )
-        )
-    return pb.ToShard(piece=message)
+    choices = [
+        pb.Choice(temperature=c.temperature, top_p=c.top_p, top_logprobs=c.top_logprobs, draw=c.draw, allowed=c.allowed)
+        for c in piece.choices
+    ]
+    states = encode_states(piece.states, encoding)
+    want = _WANTS[piece.want]
+    return pb.ToShard(piece=pb.Piece(states=states, start=piece.start, want=want, choices=choices, again=piece.again))
 
 
 def decode_piece(message: pb.Piece, width: int, vocab_size: int, most: int) -> Piece:
@@ -143,8 +169,11 @@ def decode_piece(message: pb.Piece, width: int, vocab_size: int, most: int) -> P
     want = _WANTED.get(message.want)
     if want is None:
         raise WireError(f"a piece wants {message.want}, which is unknown")
-    choice = _choice(message.choice, vocab_size) if want is Want.TOKEN else Choice()
-    return Piece(states, want, choice, message.again)
+    wanted = range(1, 1 + min(_MAX_CHOICES, len(states))) if want is Want.TOKEN else range(1)
+    if len(message.choices) not in wanted:
+        raise WireError(f"a piece has {len(message.choices)} choices; {wanted.start} to {wanted.stop - 1} can be made")
+    choices = tuple(_choice(choice, vocab_size) for choice in message.choices)
+    return Piece(states, message.start, want, choices, message.again)
 
 
 def _choice(message: pb.Choice, vocab_size: int) -> Choice:
@@ -166,11 +195,14 @@ def _choice(message: pb.Choice, vocab_size: int) -> Choice:
 
 def encode_answer(answer: Answer, encoding: Encoding, *, leaving: bool) -> pb.FromShard:
     """An answer as a message."""
-    if not isinstance(answer, Pick):
+    if isinstance(answer, np.ndarray):
         return pb.FromShard(states=encode_states(answer, encoding), leaving=leaving)
-    ids, logprobs = zip(*answer.top, strict=True) if answer.top else ((), ())
-    picked = pb.Picked(id=answer.id, logprob=answer.logprob, margin=answer.margin, top_ids=ids, top_logprobs=logprobs)
-    return pb.FromShard(picked=picked, leaving=leaving)
+    return pb.FromShard(picks=pb.Picks(picks=map(_encode_pick, answer)), leaving=leaving)
+
+
+def _encode_pick(pick: Pick) -> pb.Picked:
+    ids, logprobs = zip(*pick.top, strict=True) if pick.top else ((), ())
+    return pb.Picked(id=pick.id, logprob=pick.logprob, margin=pick.margin, top_ids=ids, top_logprobs=logprobs)
 
 
 def decode_answer(message: pb.FromShard, width: int, vocab_size: int, most: int) -> Answer:
@@ -180,9 +212,12 @@ def decode_answer(message: pb.FromShard, width: int, vocab_size: int, most: int)
         return decode_states(message.states, width, most)
     if kind == "logits":
         return decode_logits(message.logits, vocab_size)
-    if kind != "picked":
-        raise WireError("a shard answered with neither a token nor states")
-    p = message.picked
+    if kind != "picks":
+        raise WireError("a shard answered with neither tokens nor states")
+    return tuple(_decode_pick(picked, vocab_size) for picked in message.picks.picks)
+
+
+def _decode_pick(p: pb.Picked, vocab_size: int) -> Pick:
     if max(p.id, *p.top_ids, 0) >= vocab_size or len(p.top_ids) != len(p.top_logprobs):
         raise WireError("a shard picked what is no token")
     return Pick(p.id, p.logprob, p.margin, tuple(zip(p.top_ids, p.top_logprobs, strict=True)))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol, runtime_checkable
+from itertools import islice, repeat
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.runtime.sampling import Pick, pick
+from models.runtime.sampling import Draws, Pick, pick
 from models.runtime.tier import Limits, Token
 
 Detokenise = Callable[[Sequence[int]], str]
 Step = Callable[[Sequence[int]], NDArray[np.float32]]
-Choose = Callable[[Sequence[int], "Guide", Limits, np.random.Generator], Pick]
+Choose = Callable[[Sequence[int], "Guide", Limits, Draws], Pick]
 """Reads ids that the model has not read yet and picks what follows, among what the guide allows."""
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -105,13 +105,12 @@ class Guide(Protocol):
     def allowed(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` may come next, one after the other; nothing is taken."""
 
+    def ahead(self, ids: Sequence[int]) -> Iterator[bytes | None]:
+        """What may come next, now and after each of `ids`, should the answer go on with them; nothing is taken.
 
-@runtime_checkable
-class Chooses(Protocol):
-    """A token sequence that picks where its logits are, which it does not show."""
-
-    def choose(self, new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
-        """Read ids and pick what follows."""
+        A bit for each id of the vocabulary, most significant first; no bits: anything; None: nothing is chosen there,
+        since it is forced. Ends early where the answer cannot go on with them.
+        """
 
 
 class Free:
@@ -134,6 +133,10 @@ class Free:
         """All of them."""
         return len(ids)
 
+    def ahead(self, ids: Sequence[int]) -> Iterator[bytes | None]:
+        """Anything."""
+        return repeat(b"", 1 + len(ids))
+
 
 FREE = Free()
 
@@ -152,8 +155,8 @@ def decode(
     tokens the context still holds after the prompt. Close the iterator to cancel.
     """
 
-    def choose(new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
-        return pick(guide.masked(step(new)), limits, rng)
+    def choose(new: Sequence[int], guide: Guide, limits: Limits, draws: Draws) -> Pick:
+        return pick(guide.masked(step(new)), limits, draws)
 
     return decode_by(choose, prompt, vocabulary, limits, room, guide)
 
@@ -182,14 +185,14 @@ def _picks(choose: Choose, prompt: Sequence[int], limits: Limits, guide: Guide) 
 
     Forced ones cost no step: they wait, and the next step reads them together.
     """
-    rng = np.random.default_rng(limits.seed)
+    draws = Draws(limits.seed)
     new = list(prompt)
     while True:
         forced = guide.forced()
         for count, token_id in enumerate(forced, 1):
             yield _forced_pick(token_id, limits), guide.complete and count == len(forced)
         new += forced
-        chosen = choose(new, guide, limits, rng)
+        chosen = choose(new, guide, limits, draws)
         guide.take(chosen.id)
         new = [chosen.id]
         yield chosen, guide.complete

@@ -11,16 +11,21 @@ p without x. So the distribution is p; and with one draw a token, as without pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.runtime.decode import Guide
+from models.runtime.sampling import Draws, Pick
+from models.runtime.tier import Limits
 
 Floats = NDArray[np.float32]
+Row = TypeVar("Row")
+Read = Callable[[Sequence[int], Sequence[int]], Sequence[Row]]
+"""Reads ids and a draft of what follows; row k, of 1 + len(draft), is for after k of the draft."""
 
 FIRST_PIECE, PIECE = 8, 32
 """Tokens of a draft that are verified at once: as many as agreed before, within these bounds, since what follows the
@@ -33,18 +38,33 @@ _PRIOR, _MEMORY = 0.5, 0.9
 """What is thought of proposals before there were any, and how much of what was thought outlives one."""
 
 
-class Verifier(Protocol):
-    """A token sequence that a draft can be tried on: `models.runtime.engine.TokenSequence`."""
+@runtime_checkable
+class Rewinds(Protocol):
+    """A token sequence that can go back: what drafts need, whoever picks the tokens."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens read."""
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
 
     @property
+    def verifies(self) -> bool:
+        """Whether the model's graph tells what follows at several positions."""
+
+    @property
     def alone(self) -> bool:
         """Whether nobody else would share a pass of a single token."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+
+@runtime_checkable
+class Verifier(Rewinds, Protocol):
+    """A token sequence that a draft can be tried on, with its logits: `models.runtime.engine.TokenSequence`."""
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read ids and return logits (V,) for the next token."""
@@ -52,8 +72,15 @@ class Verifier(Protocol):
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> Floats:
         """Read ids and a draft of what follows; returns logits (1 + len(draft), V), row k for after k of the draft."""
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+
+@runtime_checkable
+class Chooser(Rewinds, Protocol):
+    """A token sequence that picks where its logits are, which it does not show: shards, whose last one picks."""
+
+    def choose(
+        self, new: Sequence[int], draft: Sequence[int], guide: Guide, limits: Limits, draws: Draws
+    ) -> Sequence[Pick]:
+        """Read ids and a draft of what follows; pick after them and after each of the draft. Nothing is drawn."""
 
 
 class Proposer(Protocol):
@@ -149,24 +176,21 @@ def best_length(rate: float, most: int) -> int:
     return best
 
 
-class ReadAhead:
-    """A step for `decode` that lets a sequence read what is proposed along with what it must.
-
-    `most_tokens` is the longest the answer can get. Proposals that the guide does not allow are cut.
-    """
+class _Ahead(Generic[Row]):
+    """Lets a sequence read what is proposed along with what it must, and keeps what it says of it."""
 
     def __init__(
-        self, sequence: Verifier, prompt: Sequence[int], proposers: Sequence[Proposer], guide: Guide, most_tokens: int
+        self, sequence: Rewinds, prompt: Sequence[int], proposers: Sequence[Proposer], guide: Guide, most_tokens: int
     ) -> None:
         self._sequence, self._n_prompt, self._proposers = sequence, len(prompt), proposers
         self._guide, self._most_tokens = guide, most_tokens
         self._said: list[int] = []
         self._ahead: Sequence[int] = ()  # read, but not said yet
-        self._rows: Sequence[Floats] = ()  # logits after what was said, and after each of those
+        self._rows: Sequence[Row] = ()  # for after what was said, and after each of those
         self._proposer: Proposer | None = None
 
-    def step(self, new: Sequence[int]) -> Floats:
-        """Return logits (V,) for the token after `new`; the first `new` is the prompt, and forced tokens, if any."""
+    def advance(self, new: Sequence[int], read: Read[Row]) -> Row:
+        """Return the row for after `new`; the first `new` is the prompt, and forced tokens, if any."""
         self._said += new if self._sequence.length else new[self._n_prompt :]
         agreed = agreement(new, self._ahead)
         if self._proposer is not None:
@@ -174,15 +198,12 @@ class ReadAhead:
         if agreed == len(new):
             self._ahead, self._rows = self._ahead[agreed:], self._rows[agreed:]
             return self._rows[0]
-        self._sequence.rewind(self._sequence.length - len(self._ahead) + agreed)
-        return self._read(new[agreed:])
-
-    def _read(self, new: Sequence[int]) -> Floats:
-        self._proposer, self._ahead = self._guess(len(new))
-        if self._proposer is None:
-            return self._sequence.logits(new)
-        self._proposer.proposed += len(self._ahead)
-        self._rows = list(self._sequence.verify(new, self._ahead))
+        if agreed < len(self._ahead):
+            self._sequence.rewind(self._sequence.length - len(self._ahead) + agreed)
+        self._proposer, self._ahead = self._guess(len(new) - agreed)
+        if self._proposer is not None:
+            self._proposer.proposed += len(self._ahead)
+        self._rows = read(new[agreed:], self._ahead)
         return self._rows[0]
 
     def _guess(self, n_new: int) -> tuple[Proposer | None, Sequence[int]]:
@@ -194,6 +215,43 @@ class ReadAhead:
                 if ids:
                     return proposer, ids
         return None, ()
+
+
+class ReadAhead(_Ahead[Floats]):
+    """A step for `decode`: reads ahead in a sequence that shows its logits.
+
+    `most_tokens` is the longest the answer can get. Proposals that the guide does not allow are cut.
+    """
+
+    def __init__(
+        self, sequence: Verifier, prompt: Sequence[int], proposers: Sequence[Proposer], guide: Guide, most_tokens: int
+    ) -> None:
+        super().__init__(sequence, prompt, proposers, guide, most_tokens)
+        self._verifier = sequence
+
+    def step(self, new: Sequence[int]) -> Floats:
+        """Return logits (V,) for the token after `new`; the first `new` is the prompt, and forced tokens, if any."""
+        return self.advance(new, self._read)
+
+    def _read(self, new: Sequence[int], draft: Sequence[int]) -> Sequence[Floats]:
+        return list(self._verifier.verify(new, draft)) if draft else [self._verifier.logits(new)]
+
+
+class ChooseAhead(_Ahead[Pick]):
+    """The same for `decode_by` and a sequence that picks by itself."""
+
+    def __init__(
+        self, sequence: Chooser, prompt: Sequence[int], proposers: Sequence[Proposer], guide: Guide, most_tokens: int
+    ) -> None:
+        super().__init__(sequence, prompt, proposers, guide, most_tokens)
+        self._chooser = sequence
+
+    def choose(self, new: Sequence[int], guide: Guide, limits: Limits, draws: Draws) -> Pick:
+        """Return what is picked after `new`."""
+        picked = self.advance(new, lambda ids, draft: self._chooser.choose(ids, draft, guide, limits, draws))
+        if limits.temperature > 0:
+            draws.random()  # the one that it was picked with
+        return picked
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> int:

@@ -222,6 +222,36 @@ def chunks(ids: Sequence[int], gone: Callable[[], bool] | None) -> Iterator[Sequ
         yield ids[at : at + CHUNK]
 
 
+def _long_chunks(ids: Sequence[int], gone: Callable[[], bool] | None) -> Iterator[Sequence[int]]:
+    """Cut so that no end is too short for what reads many tokens: which tokens it reads must not hang on the cuts."""
+    tail = len(ids) % CHUNK
+    half = len(ids) - tail - CHUNK // 2 if 0 < tail < LONG and len(ids) > CHUNK else len(ids)
+    yield from chunks(ids[:half], gone)
+    yield from chunks(ids[half:], gone)
+
+
+def passes(
+    ids: Sequence[int], n_rows: int, gone: Callable[[], bool] | None, *, begins: bool, long: bool, exact: bool
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Cut ids into what goes through a model at once, each with how many of its last tokens are followed by a row.
+
+    The last `n_rows` are. What reads many tokens (`long`) has no head and gives none. With `exact` drafts the very
+    first token, which sees only itself, may be alone (`begins`), and no other one is where it can be helped.
+    """
+    left = list(ids)
+    if long and len(left) - n_rows + 1 >= LONG:
+        yield from ((chunk, 0) for chunk in _long_chunks(left[:-n_rows], gone))
+        left, begins = left[-n_rows:], False
+    for chunk in chunks(left, gone):
+        left = left[len(chunk) :]
+        rows = min(len(chunk), max(0, n_rows - len(left)))
+        first = int(exact and begins and len(chunk) % TILE == 1 < len(chunk))
+        if first:
+            yield chunk[:first], max(0, rows - len(chunk) + first)
+        begins = False
+        yield chunk[first:], min(rows, len(chunk) - first)
+
+
 class TokenSequence:
     """One growing token sequence in a slot of the decoder's memory. Not for two threads at once."""
 
@@ -278,17 +308,12 @@ class TokenSequence:
         if begins:
             self._recall(ids)
         left, n_logits = [*ids[self.length if begins else 0 :], *draft], 1 + len(draft)
-        if self._decoder.layers.has_long and len(left) - len(draft) >= LONG:  # what reads many tokens has no head
-            for chunk in self._pieces(left[:-n_logits]):
-                self._read(chunk)
-            left = left[-n_logits:]
         found: list[Floats] = []
-        for chunk in self._pieces(left):
-            left = left[len(chunk) :]
-            rows = min(len(chunk), n_logits - len(left))
-            logits = self._read(chunk, rows=max(1, rows))["logits"][0]
-            if rows > 0:
-                found.append(logits.copy() if left else logits)
+        for chunk, rows in self._passes(left, n_logits):
+            read = self._read(chunk, rows=rows)
+            if rows:
+                n_logits -= rows
+                found.append(read["logits"][0].copy() if n_logits else read["logits"][0])
         if begins:
             self.remember(self.length - len(draft))
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -370,11 +395,9 @@ class TokenSequence:
         self._alone(run)
         return found[0]
 
-    def _pieces(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Cut ids into chunks; with exact drafts the very first token, which sees only itself, may be one."""
-        for chunk in chunks(ids, self.gone):
-            cut = self._decoder.options.exact_drafts and not self.length and len(chunk) % TILE == 1 < len(chunk)
-            yield from (chunk[:1], chunk[1:]) if cut else (chunk,)
+    def _passes(self, ids: Sequence[int], n_rows: int) -> Iterator[tuple[Sequence[int], int]]:
+        exact, long = self._decoder.options.exact_drafts, self._decoder.layers.has_long
+        return passes(ids, n_rows, self.gone, begins=not self.length, long=long, exact=exact)
 
     def _grow(self, ids: Sequence[int]) -> None:
         self._ids += ids

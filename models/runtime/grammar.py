@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -84,7 +85,7 @@ class GrammarGuide:
     """A `Guide` through one answer."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, field: str = "response_format") -> None:
-        self._matcher, self._field = matcher, field
+        self._matcher, self._vocab_size, self._field = matcher, vocab_size, field
         self._bits = allocate_token_bitmask(1, vocab_size)  # (1, ⌈V / 32⌉) int32, least significant bit first
 
     @property
@@ -102,10 +103,7 @@ class GrammarGuide:
 
     def masked(self, logits: Floats) -> Floats:
         """A copy of the logits (V,) with −inf for what the grammar does not allow."""
-        fill_next_token_bitmask(self._matcher, self._bits)
-        self._check()
-        allowed = np.unpackbits(self._bits.view(np.uint8)[0], count=len(logits), bitorder="little").view(np.bool_)
-        return np.where(allowed, logits, np.float32(-np.inf))
+        return np.where(self._allowed(), logits, np.float32(-np.inf))
 
     def take(self, token_id: int) -> None:
         """Go on past an id."""
@@ -115,6 +113,33 @@ class GrammarGuide:
     def allowed(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` the grammar would take."""
         return int(self._matcher.validate_tokens(list(ids)))
+
+    def ahead(self, ids: Sequence[int]) -> Iterator[bytes | None]:
+        """What may come next, now and after each of `ids`; the walk ends where the parser's bounds would be met."""
+        yield np.packbits(self._allowed()).tobytes()
+        walker = GrammarGuide(self._matcher.deep_copy(), self._vocab_size, self._field)
+        with suppress(GrammarError):
+            yield from walker._walk(ids)
+
+    def _walk(self, ids: Sequence[int]) -> Iterator[bytes | None]:
+        """As the token loop does it: an id is taken, then what is forced, then the next one is chosen."""
+        left = list(ids)
+        while left:
+            self.take(left.pop(0))
+            for forced in () if self.complete else self.forced():
+                yield None
+                if not left or left.pop(0) != forced:
+                    return
+            if self.complete:
+                return
+            yield np.packbits(self._allowed()).tobytes()
+
+    def _allowed(self) -> NDArray[np.bool_]:
+        """Which ids (V,) may come next."""
+        fill_next_token_bitmask(self._matcher, self._bits)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8)[0], count=self._vocab_size, bitorder="little")
+        return bits.view(np.bool_)
 
     def _check(self) -> None:
         """The bounds on the parser's work hold for each step, so that an answer may fail in its middle."""

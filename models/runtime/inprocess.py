@@ -31,6 +31,7 @@ class _Session:
         self._answers: deque[Answer] = deque()
         try:
             self._relay = self._stack.enter_context(relay(stage, beyond, opening))
+            self.held_tokens = self._relay.held_tokens
         except ArtifactError as error:
             raise LinkLostError(str(error)) from error
 

@@ -54,14 +54,17 @@ GREEDY = Choice()
 
 @dataclass(frozen=True)
 class Piece:
-    """States (T, C) of the next T tokens, as the layers before left them.
+    """States (T, C) of T tokens, as the layers before left them, that follow the first `start` ones.
 
-    One sent `again` was answered before: it is read as it was then, and gets no answer.
+    What a shard holds behind those it forgets. A token is picked after each of the last tokens, by one of the
+    `choices`; one at least where a token is wanted. One sent `again` was answered before: it is read as it was then,
+    and gets no answer.
     """
 
     states: Floats
+    start: int
     want: Want = Want.NOTHING
-    choice: Choice = GREEDY
+    choices: tuple[Choice, ...] = ()
     again: bool = False
 
     @property
@@ -70,7 +73,8 @@ class Piece:
         return self.want is not Want.NOTHING and not self.again
 
 
-Answer = Pick | Floats
+Picks = tuple[Pick, ...]
+Answer = Picks | Floats
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,23 @@ class Opening:
     """What a session is for: the graph variant it runs, and when, on this process's clock, it is of no use any more.
 
     Sessions with neighbouring `place`s at the head share passes.
+    `prefix` are the keys of the blocks that the prompt begins with, which shards may hold from others. An `exact` one
+    reads every token by the same weights, however many there are in a piece.
     """
 
     variant: str
     expires: float
     place: int = 0
+    prefix: tuple[bytes, ...] = ()
+    exact: bool = False
 
 
 class LinkSession(Protocol):
     """One request's way through the shards that come after; not for two threads at once."""
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the prefix that the shard at the other end held when the session began."""
 
     @property
     def leaving(self) -> bool:

@@ -19,11 +19,11 @@ from models.artifact.store import Artifact
 from models.errors import PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
-from models.runtime.decode import Chooses, Guide, Vocabulary, decode, decode_by
-from models.runtime.drafts import AnswerDraft, PromptLookup, ReadAhead
-from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TokenSequence
+from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
+from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
+from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
 from models.runtime.exported import ExportedDecoder
-from models.runtime.prefixes import PrefixStats
+from models.runtime.prefixes import PrefixCache, PrefixStats
 from models.runtime.providers import CPU
 from models.runtime.sessions import EngineOptions, parts_of
 from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
@@ -162,23 +162,35 @@ class TextWriter:
     def _write(self, ids: Sequence[int], limits: Limits, guide: Guide) -> Iterator[Token]:
         """Yield the answer; the key-value session is lent until the iterator ends or is closed."""
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
-            room = sequence.room - len(ids)
-            draft = self._tokenizer.encode(limits.draft, add_special_tokens=False).ids if limits.draft else []
-            if isinstance(sequence, Chooses):
-                yield from decode_by(sequence.choose, ids, self._vocabulary, limits, room, guide)
-                return
-            if not (draft or self._lookup_tokens) or not isinstance(sequence, TokenSequence) or not sequence.verifies:
-                yield from decode(sequence.logits, ids, self._vocabulary, limits, room, guide)
-                return
+            able = isinstance(sequence, (Chooser, Verifier)) and sequence.verifies
+            draft = self._tokenizer.encode(limits.draft, add_special_tokens=False).ids if limits.draft and able else []
             drafted, lookup = AnswerDraft(draft), PromptLookup(self._lookup_tokens, (*draft, *ids))
-            proposers = (drafted, lookup) if self._lookup_tokens else (drafted,)
-            ahead = ReadAhead(sequence, ids, proposers, guide, min(limits.max_tokens, room))
+            proposers: list[Proposer] = [drafted] if draft else []
+            proposers += [lookup] if self._lookup_tokens and able else []
             try:
-                for token in decode(ahead.step, ids, self._vocabulary, limits, room, guide):
-                    use = DraftUse(drafted.proposed, drafted.accepted) if draft else None
-                    yield replace(token, draft=use)
+                for token in self._said(sequence, ids, proposers, limits, guide):
+                    yield replace(token, draft=DraftUse(drafted.proposed, drafted.accepted)) if draft else token
             finally:
                 self._count(drafted, lookup)
+
+    def _said(
+        self,
+        sequence: TextSequence,
+        ids: Sequence[int],
+        proposers: Sequence[Proposer],
+        limits: Limits,
+        guide: Guide,
+    ) -> Iterator[Token]:
+        """The answer, read ahead as the proposers say, picked where the logits are."""
+        room = sequence.room - len(ids)
+        most = min(limits.max_tokens, room)
+        if isinstance(sequence, Chooser):
+            choose = ChooseAhead(sequence, ids, proposers, guide, most).choose
+            return decode_by(choose, ids, self._vocabulary, limits, room, guide)
+        step: Step = sequence.logits
+        if proposers and isinstance(sequence, Verifier):
+            step = ReadAhead(sequence, ids, proposers, guide, most).step
+        return decode(step, ids, self._vocabulary, limits, room, guide)
 
     def _count(self, drafted: AnswerDraft, lookup: PromptLookup) -> None:
         with self._lock:
@@ -245,7 +257,8 @@ class LocalTier:
         reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
         card = card_of(name, m, context, next(iter(decoders.values())).provider)
-        return cls(card, reader, writer, lambda: _stats(turns, decoders.get(PLAIN), writer))
+        prefixes = decoders[PLAIN].prefixes if m.lm_head else None
+        return cls(card, reader, writer, lambda: stats_of(turns, prefixes, writer))
 
     @property
     def card(self) -> TierCard:
@@ -287,9 +300,10 @@ class LocalTier:
         return self._writer
 
 
-def _stats(turns: Turns, writing: Decoder | None, writer: TextWriter | None) -> TierStats:
+def stats_of(turns: Turns, prefixes: PrefixCache[Any] | None, writer: TextWriter | None) -> TierStats:
+    """What a tier counted since it was opened."""
     drafts, lookups = (writer.drafts, writer.lookups) if writer else (DraftUse(), DraftUse())
-    prefix = writing.prefixes.stats if writing and writing.prefixes else PrefixStats()
+    prefix = prefixes.stats if prefixes else PrefixStats()
     return TierStats(
         prefix_asked_tokens=prefix.asked_tokens,
         prefix_reused_tokens=prefix.reused_tokens,

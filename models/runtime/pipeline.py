@@ -3,6 +3,8 @@
 The head opens one session per request on the next shard, that one on its own next, and so on; states go down this
 chain and answers come back up. When a link dies, whoever held its near end opens another to a replica of that range
 and sends again what it sent before, in the same pieces, so that every pass is the same as it was, and so are its bits.
+A draft is one piece more or less: the last shard picks after each of its tokens, and the next piece says with `start`
+how many of them held.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,25 +26,16 @@ from models.artifact.names import FRAMES, PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, LinkLostError, ShardsLostError
-from models.runtime.decode import FREE, Guide
-from models.runtime.engine import Embeddings, check_room, chunks
+from models.runtime.decode import Guide
+from models.runtime.engine import CHUNK, TILE, Embeddings, check_room, chunks, passes
 from models.runtime.layers import LONG, Floats
-from models.runtime.links import (
-    Answer,
-    Choice,
-    Link,
-    LinkSession,
-    Opening,
-    Piece,
-    Want,
-    allowed_bits,
-    masked,
-)
-from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of
-from models.runtime.sampling import Pick, pick
-from models.runtime.sessions import EngineOptions
+from models.runtime.links import GREEDY, Answer, Choice, Link, LinkSession, Opening, Picks, Piece, Want, masked
+from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of, stats_of
+from models.runtime.prefixes import BLOCK_TOKENS, block_keys
+from models.runtime.sampling import Draws, Pick, pick
+from models.runtime.sessions import EngineOptions, takes_rows
 from models.runtime.stage import Lane, Stage, StageSession
-from models.runtime.tier import Limits, TierStats
+from models.runtime.tier import Limits
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
@@ -115,16 +109,25 @@ class ReplayedSession:
     like death. Whoever refuses, or is lost again, is not. `ShardsLostError` when none is left.
     """
 
-    leaving = False
+    leaving, held_tokens = False, 0
 
     def __init__(self, replicas: Replicas, opening: Opening) -> None:
         self._replicas, self._opening = replicas, opening
+        self._before: Sequence[Piece] = ()  # what the prefix comes to, should the other end not hold it
         self._sent: list[Piece] = []
         self._doubted: set[str] = set()
         self._tried: set[str] = set()
         self._link: Link | None = None
         self._session: LinkSession | None = None
         self._reason, self._stays = "there is none", False
+
+    def begin(self, prefix: Sequence[bytes], made: Floats) -> None:
+        """Say which blocks the prompt begins with, and what the layers here made (n, C) of those held: call it first.
+
+        What is sent then goes on behind these.
+        """
+        self._opening = replace(self._opening, prefix=tuple(prefix))
+        self._before = [Piece(made[at : at + CHUNK], at) for at in range(0, len(made), CHUNK)]
 
     def send(self, piece: Piece) -> None:
         """Hand on a piece; raises `ShardsLostError`."""
@@ -195,7 +198,7 @@ class ReplayedSession:
     def _opened(self, link: Link) -> LinkSession:
         session = link.open(self._opening)
         try:
-            for piece in self._sent:
+            for piece in (*_behind(self._before, session.held_tokens), *self._sent):
                 session.send(piece)
         except BaseException:
             session.close()
@@ -215,6 +218,14 @@ class ReplayedSession:
         self._stays = True
 
 
+def _behind(pieces: Sequence[Piece], tokens: int) -> Iterator[Piece]:
+    """What pieces hold behind the first `tokens`."""
+    for piece in pieces:
+        skipped = min(max(0, tokens - piece.start), len(piece.states))
+        if skipped < len(piece.states):
+            yield replace(piece, states=piece.states[skipped:], start=piece.start + skipped)
+
+
 # ---- a shard that is no head ----
 
 
@@ -223,21 +234,24 @@ class Relay:
 
     def __init__(self, here: StageSession, beyond: LinkSession | None) -> None:
         self._here, self._beyond = here, beyond
+        self.held_tokens = here.length
 
     def take(self, piece: Piece) -> Answer | None:
         """Read a piece; returns the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
-        states = self._here.read(piece.states, piece.want)
+        self._here.rewind(piece.start)
+        states = self._here.read(piece.states, piece.want, len(piece.choices))
         if self._beyond is not None:
             self._beyond.send(replace(piece, states=states))
             return self._beyond.receive() if piece.answered else None
         if not piece.answered:
             return None
-        return picked(states, piece.choice) if piece.want is Want.TOKEN else states
+        return picked(states, piece.choices) if piece.want is Want.TOKEN else states
 
 
-def picked(logits: Floats, choice: Choice) -> Pick:
-    """Pick after logits (1, V) as the head says."""
-    return pick(masked(logits[0], choice.allowed), choice.limits, choice)
+def picked(logits: Floats, choices: Sequence[Choice]) -> Picks:
+    """Pick by each row of logits (R, V) as the head says."""
+    pairs = zip(logits, choices, strict=True)
+    return tuple(pick(masked(row, choice.allowed), choice.limits, choice) for row, choice in pairs)
 
 
 @contextmanager
@@ -246,9 +260,12 @@ def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[R
     lane = stage.lanes.get(opening.variant)
     if lane is None:
         raise ArtifactError(f"this shard has no variant '{opening.variant}'; it has {', '.join(stage.lanes)}")
-    with lane.session(opening.expires, _PLACE_S, opening.place) as here:
+    with lane.session(opening, _PLACE_S) as here:
+        made = here.recall(opening.prefix)
         further = beyond.open(opening) if beyond is not None else None
         try:
+            if further is not None:
+                further.begin(opening.prefix, made)
             yield Relay(here, further)
         finally:
             if further is not None:
@@ -261,9 +278,19 @@ def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[R
 class PipelineDecoder:
     """The head of one variant: what `SkillReader` and `TextWriter` need of a model."""
 
-    def __init__(self, lane: Lane, embeddings: Embeddings, variant: str, beyond: Replicas) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        embeddings: Embeddings,
+        variant: str,
+        beyond: Replicas,
+        *,
+        verifies: bool = False,
+        exact: bool = False,
+    ) -> None:
         self.shape: LlamaShape = lane.shape
         self.context, self.embeddings = lane.layers.context, embeddings
+        self.verifies, self.exact = verifies, exact
         self._lane, self._variant, self._beyond = lane, variant, beyond
 
     @contextmanager
@@ -271,19 +298,37 @@ class PipelineDecoder:
         self, deadline: float = math.inf, gone: Callable[[], bool] | None = None
     ) -> Iterator[PipelineSequence]:
         """Lend an empty sequence through all shards; waits while all are in use."""
-        with relay_head(self._lane, self._beyond, Opening(self._variant, deadline)) as (here, further):
+        opening = Opening(self._variant, deadline, exact=self.exact)
+        with relay_head(self._lane, self._beyond, opening) as (here, further):
             yield PipelineSequence(self, here, further, gone)
 
     @property
     def has_long(self) -> bool:
         """Whether passes over many tokens have segments of their own."""
-        return self._lane.layers.has_long
+        return self._lane.layers.has_long and not self.exact
+
+    @property
+    def alone(self) -> bool:
+        """Whether at most one sequence is lent."""
+        return self._lane.alone
+
+    def prefix(self, ids: Sequence[int]) -> list[bytes]:
+        """The keys of the blocks that a prompt begins with, of which shards may hold some.
+
+        So many that the rest is rounded as if all were read: it is read by what reads many tokens, if there is such,
+        and fills tiles of the attention as far as it would (docs/decisions/0016).
+        """
+        if self._lane.prefixes is None:
+            return []
+        keys = block_keys(ids[: -LONG - 1], salt=b"exact" if self.exact else b"")
+        together = max(1, 2 * self.shape.head_dim // BLOCK_TOKENS)
+        return keys[: len(keys) // together * together]
 
 
 @contextmanager
-def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, LinkSession]]:
+def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, ReplayedSession]]:
     """Open a session at the head and beyond."""
-    with lane.session(opening.expires) as here:
+    with lane.session(opening) as here:
         further = beyond.open(replace(opening, place=here.slot))
         try:
             yield here, further
@@ -298,38 +343,68 @@ class PipelineSequence:
         self,
         decoder: PipelineDecoder,
         here: StageSession,
-        further: LinkSession,
+        further: ReplayedSession,
         gone: Callable[[], bool] | None,
     ) -> None:
         self._decoder, self._here, self._further, self._gone = decoder, here, further, gone
+        self._ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return len(self._ids)
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
         return self._here.room
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the last shard can pick after several tokens."""
+        return self._decoder.verifies
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other sequence of this head is lent."""
+        return self._decoder.alone
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; other shards learn it with the next piece."""
+        del self._ids[length:]
+        self._here.rewind(length)
+
     def logits(self, ids: Sequence[int]) -> Floats:
         """Nobody here has them: `choose` is what is offered."""
         raise NotImplementedError
 
-    def choose(self, new: Sequence[int], guide: Guide, limits: Limits, rng: np.random.Generator) -> Pick:
-        """Read ids and let the last shard pick what follows; raises `ShardsLostError`, `PromptTooLongError`."""
-        check_room(new, self._decoder.context, self.room)
-        bits = b"" if guide is FREE else self._allowed(guide)
-        drawn = rng.random() if limits.temperature > 0 else 0.0
-        choice = Choice(limits.temperature, limits.top_p, limits.top_logprobs, drawn, bits)
-        left = list(new)
-        if self._decoder.has_long and len(left) >= LONG:  # what reads many tokens has no head
-            self._hand_on(left[:-1], Want.NOTHING)
-            left = left[-1:]
-        *before, last = chunks(left, self._gone)
-        for chunk in before:
-            self._send(chunk, Want.NOTHING)
-        self._send(last, Want.TOKEN, choice)
-        answer = self._further.receive()
-        if not isinstance(answer, Pick):
-            raise ShardsLostError("the last shard answered with states where a token was asked for")
-        return answer
+    def choose(
+        self, new: Sequence[int], draft: Sequence[int], guide: Guide, limits: Limits, draws: Draws
+    ) -> Sequence[Pick]:
+        """Read ids and a draft, and let the last shard pick after each of its tokens.
+
+        Raises `ShardsLostError`, `PromptTooLongError`.
+        """
+        decoder, found = self._decoder, list[Pick]()
+        choices = _choices(guide.ahead(draft), 1 + len(draft), limits, draws)
+        left = [*new, *draft]
+        check_room(left, decoder.context, self.room)
+        begins = not self._ids
+        if begins:
+            self._recall(new)
+            left = left[self.length :]
+        cut = passes(left, len(choices), self._gone, begins=not self._ids, long=decoder.has_long, exact=decoder.exact)
+        for chunk, rows in cut:
+            if not rows:
+                self._send(chunk, Want.NOTHING)
+                continue
+            asked = choices[len(found) :][:rows]
+            self._send(chunk, Want.TOKEN, asked)
+            answer = self._further.receive()
+            if isinstance(answer, np.ndarray) or len(answer) != rows:
+                raise ShardsLostError("the last shard answered otherwise than with the tokens that were asked for")
+            found += answer
+        return found
 
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
@@ -346,16 +421,28 @@ class PipelineSequence:
         """The last state of `hidden`, and the number of all layers: no shard is left out."""
         return self.hidden(ids)[-1], self._decoder.shape.n_layers
 
-    def _allowed(self, guide: Guide) -> bytes:
-        return allowed_bits(guide.masked(np.zeros(self._decoder.shape.vocab_size, np.float32)) == 0)
+    def _recall(self, ids: Sequence[int]) -> None:
+        """Go on behind what this shard holds of a prompt; those after it hold as much, or are sent it."""
+        prefix = self._decoder.prefix(ids)
+        made = self._here.recall(prefix)
+        self._further.begin(prefix, made)
+        self._ids += ids[: len(made)]
 
-    def _hand_on(self, ids: Sequence[int], want: Want) -> None:
-        for chunk in chunks(ids, self._gone):
-            self._send(chunk, want)
-
-    def _send(self, ids: Sequence[int], want: Want, choice: Choice | None = None) -> None:
+    def _send(self, ids: Sequence[int], want: Want, choices: Sequence[Choice] = ()) -> None:
+        if self._decoder.exact and self._ids and len(ids) % TILE == 1:
+            ids = [self._ids[-1], *ids]  # once more: it leaves the same keys and values
+            self.rewind(self.length - 1)
         states = self._here.read(self._decoder.embeddings.rows(ids), want)
-        self._further.send(Piece(states, want, choice or Choice()))
+        self._further.send(Piece(states, self.length, want, tuple(choices)))
+        self._ids += ids
+
+
+def _choices(allowed: Iterator[bytes | None], count: int, limits: Limits, draws: Draws) -> list[Choice]:
+    """How to pick so many tokens in a row; those that are forced, or that an answer cannot get to, nobody looks at."""
+    bits = list(islice(chain(allowed, repeat(None)), count))
+    chances = iter(draws.ahead(sum(each is not None for each in bits)) if limits.temperature > 0 else repeat(0.0))
+    how = Choice(limits.temperature, limits.top_p, limits.top_logprobs)
+    return [GREEDY if each is None else replace(how, draw=next(chances), allowed=each) for each in bits]
 
 
 def open_head(
@@ -365,10 +452,13 @@ def open_head(
     beyond: Replicas,
     options: EngineOptions,
     *,
+    lookup_tokens: int = 0,
     keys: KeyWrapper | None = None,
     signer: bytes | None = None,
 ) -> LocalTier:
     """Load the layers before `stop` and what a head needs; raises what `Artifact.open` raises.
+
+    `lookup_tokens` are explained in `LocalTier.open`; options for drafts and the prefix cache hold for text.
 
     The tier answers like one that holds the whole model, and raises `ShardsLostError` once nobody serves the rest.
     """
@@ -376,14 +466,19 @@ def open_head(
     stage, m = Stage.of(artifact, options), artifact.manifest
     embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
     tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
-    decoders = {v: PipelineDecoder(lane, embeddings, v, beyond) for v, lane in stage.lanes.items()}
+    verifies = m.lm_head and takes_rows(artifact)
+    decoders = {
+        variant: PipelineDecoder(
+            lane, embeddings, variant, beyond, verifies=verifies, exact=options.exact_drafts and variant == PLAIN
+        )
+        for variant, lane in stage.lanes.items()
+    }
     beside = decoders.get(FRAMES) or decoders.get(PLAIN)
     reader = SkillReader(artifact, beside, tokenizer, m.skills, NO_EXIT) if m.skills and beside else None
-    writer = TextWriter(artifact, decoders[PLAIN], tokenizer) if m.lm_head else None
+    writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
     context = min(options.context, m.architecture.context)
-    turns = next(iter(stage.lanes.values())).turns
+    lane = stage.lanes.get(PLAIN) or next(iter(stage.lanes.values()))
 
-    def stats() -> TierStats:
-        return TierStats(passes=turns.stats.shared_runs, pass_tokens=turns.stats.shared_turns)
-
-    return LocalTier(card_of(name, m, context, stage.provider), reader, writer, stats)
+    return LocalTier(
+        card_of(name, m, context, stage.provider), reader, writer, lambda: stats_of(lane.turns, lane.prefixes, writer)
+    )

@@ -1,7 +1,7 @@
 """Keys and values of prompts read before, to be used again by prompts that begin alike. Knows only ids, and a clock.
 
 A prefix is cut into blocks of tokens; a block's key is a hash over its ids and the key of the block before it, so that
-it stands for everything from the beginning on.
+it stands for everything from the beginning on. Shards are told the keys, not the ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 Block = TypeVar("Block")
-BLOCK_TOKENS = 64
+BLOCK_TOKENS, KEY_BYTES = 64, 32
 RETENTION_S = 3600.0
 """What of a conversation nobody goes on with is forgotten after so long."""
 
@@ -60,17 +60,25 @@ class PrefixCache(Generic[Block]):
 
     def find(self, ids: Sequence[int]) -> list[Block]:
         """The blocks of the longest prefix held, but never of all ids: the last one must be read to go on."""
+        return self.find_keys(block_keys(ids[:-1], self.block_tokens), len(ids))
+
+    def find_keys(self, keys: Sequence[bytes], asked_tokens: int) -> list[Block]:
+        """The blocks held of a prefix whose blocks have these keys."""
         self._forget_old()
-        found = list(takewhile(self._held.__contains__, self._keys(ids[:-1])))
+        found = list(takewhile(self._held.__contains__, keys))
         self._touch(found)
-        self._asked += len(ids)
+        self._asked += asked_tokens
         self._reused += len(found) * self.block_tokens
         return [self._held[key] for key in found]
 
     def add(self, ids: Sequence[int], read: Callable[[range], Block]) -> None:
         """Take in the whole blocks of `ids` that are not held yet; `read` gives the block at some positions."""
+        self.add_keys(block_keys(ids, self.block_tokens), read)
+
+    def add_keys(self, keys: Sequence[bytes], read: Callable[[range], Block]) -> None:
+        """The same of the blocks of a prefix that have these keys."""
         self._forget_old()
-        keys = self._keys(ids)[: self._capacity]
+        keys = keys[: self._capacity]
         self._touch([key for key in keys if key in self._held])
         for number, key in enumerate(keys):
             if key not in self._held:
@@ -96,9 +104,11 @@ class PrefixCache(Generic[Block]):
         del self._used[key]
         self._evicted += 1
 
-    def _keys(self, ids: Sequence[int]) -> list[bytes]:
-        size, key, keys = self.block_tokens, b"", list[bytes]()
-        for end in range(size, len(ids) + 1, size):
-            key = hashlib.sha256(key + np.asarray(ids[end - size : end], "<i8").tobytes()).digest()
-            keys.append(key)
-        return keys
+
+def block_keys(ids: Sequence[int], block_tokens: int = BLOCK_TOKENS, salt: bytes = b"") -> list[bytes]:
+    """The keys of the whole blocks of `ids`, `KEY_BYTES` each; what is computed otherwise has a `salt` of its own."""
+    key, keys = salt, list[bytes]()
+    for end in range(block_tokens, len(ids) + 1, block_tokens):
+        key = hashlib.sha256(key + np.asarray(ids[end - block_tokens : end], "<i8").tobytes()).digest()
+        keys.append(key)
+    return keys

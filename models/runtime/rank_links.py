@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import LinkLostError, RankLostError, ShardsLostError
-from models.runtime.links import Answer, Link, LinkSession, Opening, Piece, Want
+from models.runtime.links import GREEDY, Answer, Link, LinkSession, Opening, Piece, Want
 from models.runtime.pipeline import Replicas
 from models.runtime.ranked import RankLayers
 from models.runtime.turns import Turns
@@ -79,10 +79,10 @@ class LinkedExchange:
         total = part[0].copy()
         for other in self._between:
             total += other.part(total)
-        self._last.send(Piece(total))
+        self._last.send(Piece(total, 0))
         total = total + self._last.part(total)
         for other in self._between:
-            other.send(Piece(total))
+            other.send(Piece(total, 0))
         return np.asarray(total[None])
 
     def joined(self, part: Floats) -> Floats:
@@ -177,8 +177,9 @@ class LinkedSession:
         found: list[Floats] = []
 
         def run(_: object) -> None:
+            choices = (GREEDY,) if want is Want.TOKEN else ()  # rank 0 picks; a wish for a token has one
             for other in self._others:
-                other.send(Piece(states, want))
+                other.send(Piece(states, self._at, want, choices))
             layers, exchange = self._group.layers, LinkedExchange(self._others)
             found.append(layers.run(self._opening.variant, self._slot, states, self._at, want, exchange))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +26,24 @@ class Random(Protocol):
     def random(self) -> float:
         """A number from 0 to below 1."""
         ...
+
+
+class Draws:
+    """The numbers of a generator, which can be looked at before they are drawn."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._seen: deque[float] = deque()
+
+    def random(self) -> float:
+        """The next number."""
+        return self._seen.popleft() if self._seen else self._rng.random()
+
+    def ahead(self, count: int) -> Sequence[float]:
+        """The next `count` numbers; none of them is drawn."""
+        while len(self._seen) < count:
+            self._seen.append(self._rng.random())
+        return list(islice(self._seen, count))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from models.artifact.names import (
     FRAMES,
     HEAD,
+    LOGITS_FROM,
     PLAIN,
     Span,
     adapter_file,
@@ -103,6 +104,16 @@ def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iter
             weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
         make = Segment.for_many_tokens if prefill else Segment
         yield make(span, graph, weights)
+
+
+def takes_rows(artifact: Artifact) -> bool:
+    """Whether the model's graph gives logits at several positions, wherever its last layers are."""
+    from onnx import ModelProto  # as above
+
+    m = artifact.manifest
+    number = len(spans(m.architecture.n_layers, m.exits, m.lm_head)) - 1
+    model = ModelProto.FromString(artifact.read(graph_file(PLAIN, number)))
+    return any(given.name == LOGITS_FROM for given in model.graph.input)
 
 
 def variants(artifact: Artifact) -> list[str]:

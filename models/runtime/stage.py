@@ -10,17 +10,20 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.artifact.manifest import EXPORTED, Manifest
+from models.artifact.names import PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError
 from models.runtime.layers import Floats, Layers
-from models.runtime.links import Want
+from models.runtime.links import Opening, Want
+from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache, PrefixStats
 from models.runtime.sessions import EngineOptions, parts_of
 from models.runtime.turns import Turns
 
@@ -31,11 +34,23 @@ _PATIENCE = 2.0
 """How long a pass waits for company, in passes: the others may be at the next shard, and come back after one or two."""
 
 
+@dataclass(frozen=True)
+class PrefixBlock:
+    """Of a block of tokens, keys and values (L, 2, H, n, D), and the states (n, C) that the layers made of them.
+
+    Who comes next may not hold this block: it is then sent the states. The last layers keep none.
+    """
+
+    memory: Floats
+    states: Floats
+
+
 class Lane:
     """One graph variant of a shard: its layers, and slots for sessions. Lanes share their `turns`."""
 
     def __init__(self, shape: LlamaShape, layers: Layers, options: EngineOptions, turns: Turns) -> None:
         self.shape, self.layers, self.turns = shape, layers, turns
+        self.prefixes = _prefix_cache(shape, layers.range, options.prefix_cache_bytes)
         self._sessions = [StageSession(self, slot) for slot in range(options.sequences)]
         self._free = list(range(options.sequences))
         self._places, self._lock = threading.BoundedSemaphore(options.sequences), threading.Lock()
@@ -46,24 +61,29 @@ class Lane:
         return len(self._sessions) - len(self._free)
 
     @property
+    def alone(self) -> bool:
+        """Whether at most one session is lent."""
+        return self.open_sessions <= 1
+
+    @property
     def is_last(self) -> bool:
         """Whether these layers end the model."""
         return self.layers.range.stop == self.shape.n_layers
 
     @contextmanager
-    def session(self, deadline: float, wait_s: float | None = None, near: int = 0) -> Iterator[StageSession]:
+    def session(self, opening: Opening, wait_s: float | None = None) -> Iterator[StageSession]:
         """Lend an empty session; waits while all are in use, but no longer than `wait_s`, then `LinkLostError`.
 
-        Passes of those with the earlier `deadline` go first. Of the free slots it is the one `near` which it should
-        lie: those that are neighbours in one shard had better be so in the next, since they come together.
+        Passes of those that expire earlier go first. Of the free slots it is the one near which the session's `place`
+        lies: those that are neighbours in one shard had better be so in the next, since they come together.
         """
         if not self._places.acquire(timeout=wait_s):
             raise LinkLostError(f"all of its {len(self._sessions)} sessions are in use")
         with self._lock:
-            slot = min(self._free, key=lambda free: (abs(free - near), free))
+            slot = min(self._free, key=lambda free: (abs(free - opening.place), free))
             self._free.remove(slot)
         session = self._sessions[slot]
-        session.deadline, session.length = deadline, 0
+        session.reset(opening)
         try:
             yield session
         finally:
@@ -104,19 +124,53 @@ class StageSession:
 
     def __init__(self, lane: Lane, slot: int) -> None:
         self._lane, self.slot = lane, slot
-        self.deadline, self.length = 0.0, 0
         self.next_states: Floats = np.zeros((1, 0), np.float32)
         self._result = self.next_states
+        self.reset(Opening("", 0.0))
+
+    def reset(self, opening: Opening) -> None:
+        """Begin anew; what the memory holds is never read again."""
+        self.deadline, self._exact, self.length = opening.expires, opening.exact, 0
+        self._prefix: Sequence[bytes] = ()
+        self._made = np.zeros((0, 0), np.float32)  # states (n, C) that the layers made of the prefix
+
+    def recall(self, prefix: Sequence[bytes]) -> Floats:
+        """Take over what the prefix cache holds of these blocks; returns the states (n, C) that the layers made of it.
+
+        To be called first if at all. Blocks that it lacks are left to it once they are read.
+        """
+        lane = self._lane
+        width = 0 if lane.is_last else lane.shape.width
+        self._prefix, self._made = prefix, np.zeros((0, width), np.float32)
+        if lane.prefixes is not None and prefix:
+            lane.turns.take(self, self.deadline, lambda _: self._take_over())
+        return self._made
+
+    def _take_over(self) -> None:
+        lane, prefixes = self._lane, self._lane.prefixes
+        assert prefixes is not None  # noqa: S101  # `recall` saw to it
+        blocks = prefixes.find_keys(self._prefix, len(self._prefix) * BLOCK_TOKENS)
+        lane.layers.memory.reserve(self.slot + 1, len(blocks) * BLOCK_TOKENS)
+        for number, block in enumerate(blocks):
+            lane.layers.memory.write(self.slot, number * BLOCK_TOKENS, block.memory)
+        self.length = len(blocks) * BLOCK_TOKENS
+        self._made = np.concatenate([self._made, *(block.states for block in blocks)])
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; raises `LinkLostError` if there are fewer."""
+        if length > self.length:
+            raise LinkLostError(f"a piece follows {length} tokens, and only {self.length} were read")
+        self.length = length
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
         return self._lane.layers.context - self.length
 
-    def read(self, states: Floats, want: Want) -> Floats:
+    def read(self, states: Floats, want: Want, rows: int = 1) -> Floats:
         """Read states (T, C) and return what the layers make of them.
 
-        Of the last layers that is logits (1, V) after the last token if a token is wanted, normalised states (T, C)
+        Of the last layers that is logits (R, V) after the last `rows` if a token is wanted, normalised states (T, C)
         otherwise; of others, states (T, C). Raises `PromptTooLongError` if they do not fit.
         """
         if not 0 < len(states) <= self.room:
@@ -126,17 +180,30 @@ class StageSession:
             self.next_states = states
             lane.turns.take(self, self.deadline, lane.step, shared=True, most=lane.company, place=self.slot)
             return self._result
-        lane.turns.take(self, self.deadline, lambda _: self._read(states, want))
+        lane.turns.take(self, self.deadline, lambda _: self._read(states, want, rows))
         return self._result
 
-    def _read(self, states: Floats, want: Want) -> None:
-        layers, length = self._lane.layers, self.length + len(states)
+    def _read(self, states: Floats, want: Want, rows: int) -> None:
+        layers, begins, length = self._lane.layers, self.length, self.length + len(states)
         head = want is Want.TOKEN
-        stack = layers.stack(range(self.slot, self.slot + 1), length, len(states), head=head)
-        found = stack.through(states[None], [length - 1])
+        stack = layers.stack(range(self.slot, self.slot + 1), length, len(states), head=head or self._exact)
+        found = stack.through(states[None], [length - 1], rows if head else 1)
         self.length = length
         name = "carried" if not self._lane.is_last else "logits" if head else "hidden"
         self._result = found[name][0].copy()
+        if begins < len(self._prefix) * BLOCK_TOKENS:
+            self._remember(begins)
+
+    def _remember(self, begins: int) -> None:
+        """Leave the whole blocks of the prefix to the cache; what was read last begins there."""
+        lane, memory = self._lane, self._lane.layers.memory
+        if not lane.is_last:
+            self._made = np.concatenate([self._made[:begins], self._result])
+        if lane.prefixes is not None:
+            keys = self._prefix[: self.length // BLOCK_TOKENS]
+            lane.prefixes.add_keys(
+                keys, lambda at: PrefixBlock(memory.read(self.slot, at), self._made[at.start : at.stop].copy())
+            )
 
     def stepped(self, result: Floats) -> None:
         """Take note that the next state was read."""
@@ -169,10 +236,12 @@ class Stage:
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
         turns = Turns(_PATIENCE)
-        lanes = {
-            variant: Lane(m.architecture, Layers(m.architecture, parts.segments, options, parts.long), options, turns)
-            for variant, parts in parts_of(artifact, options)
-        }
+        lanes = {}
+        for variant, parts in parts_of(artifact, options):
+            writes = m.lm_head and variant == PLAIN
+            own = options if writes else replace(options, prefix_cache_bytes=0)
+            layers = Layers(m.architecture, parts.segments, own, parts.long)
+            lanes[variant] = Lane(m.architecture, layers, own, turns)
         return cls(m, artifact.layers, lanes)
 
     @property
@@ -191,9 +260,21 @@ class Stage:
         return sum(lane.layers.memory.size_bytes for lane in self.lanes.values())
 
     @property
+    def prefix_stats(self) -> PrefixStats:
+        """What came of the prefix cache."""
+        lane = self.lanes.get(PLAIN)
+        return lane.prefixes.stats if lane and lane.prefixes else PrefixStats()
+
+    @property
     def provider(self) -> str:
         """Short name of the execution provider in use."""
         return next(iter(self.lanes.values())).layers.provider
+
+
+def _prefix_cache(shape: LlamaShape, layers: range, capacity_bytes: int) -> PrefixCache[PrefixBlock] | None:
+    memory = 2 * len(layers) * shape.n_kv_heads * shape.head_dim
+    states = 0 if layers.stop == shape.n_layers else shape.width
+    return PrefixCache(capacity_bytes, 4 * (memory + states) * BLOCK_TOKENS) if capacity_bytes else None
 
 
 def session_bytes(shape: LlamaShape, layers: range, context: int) -> int:
