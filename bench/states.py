@@ -21,7 +21,7 @@ from models.artifact.names import PLAIN
 from models.artifact.store import Artifact
 from models.errors import ArtifactError
 from models.runtime.engine import Embeddings
-from models.runtime.links import Want
+from models.runtime.links import Opening, Want
 from models.runtime.sessions import EngineOptions
 from models.runtime.stage import Stage
 
@@ -53,9 +53,10 @@ def losses(tier: Path, stop: int, tokens: int, threads: int, report: Report) -> 
     tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
     ids = tokenizer.encode(PROSE.read_text("utf-8"), add_special_tokens=False).ids[:tokens]
     found: dict[Encoding, list[tuple[float, bool]]] = {encoding: [] for encoding in Encoding}
+    opening = Opening(PLAIN, np.inf)
     with ExitStack() as stack:
-        near = stack.enter_context(head.session(np.inf))
-        far = {encoding: stack.enter_context(tail.session(np.inf)) for encoding in Encoding}
+        near = stack.enter_context(head.session(opening))
+        far = {encoding: stack.enter_context(tail.session(opening)) for encoding in Encoding}
         for number, token_id in enumerate(ids):
             states = near.read(embeddings.rows([token_id]), Want.TOKEN)
             logits = {
