@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functions.serving.admission import Gate
+from functions.serving.admission import Gate, Place
 from functions.serving.errors import ClientLeftError, OverloadedError
 from tests.fakes import wait_until
 
@@ -200,3 +200,51 @@ def test_never_more_than_allowed_and_nothing_is_lost(places: int, queue: int, ca
     assert most <= places
     assert done + refused == callers
     assert (gate.inflight, gate.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("passed_s", [4.5, 6])
+def test_where_all_are_kept_who_waited_in_vain_is_let_in_without_time(passed_s: float) -> None:
+    timed, places = Timed(1, queue=9), list[Place]()
+    timed.gate = Gate(1, 9, clock=lambda: timed.now, keeps_all=True)
+    timed.answers(10, took_s=2, granted_s=99)
+
+    def work() -> None:
+        with timed.gate.admitted(timed.now + 5) as place:
+            places.append(place)
+
+    with ThreadPoolExecutor(1) as pool, filled(timed.gate, 1):
+        pool.submit(work)
+        wait_until(lambda: timed.gate.waiting == 1)
+        timed.now += passed_s  # too late for an answer as they usually come, and past the deadline
+    assert [(place.has_time, place.waited_s) for place in places] == [(False, passed_s)]
+    assert (timed.gate.inflight, timed.gate.waiting, timed.gate.limit) == (0, 0, 1)
+
+
+def test_after_lateness_places_open_slowly_at_first() -> None:
+    timed, limits = Timed(8), list[int]()
+    timed.answers(10, took_s=0.1, granted_s=1)
+    timed.answers(1, took_s=1, granted_s=1)
+    for _ in range(100):
+        limits.append(timed.gate.limit)
+        timed.answers(1, took_s=0.1, granted_s=1, together=timed.gate.limit)
+    assert (limits[0], limits[10]) == (5, 5)
+    assert limits[30] - limits[20] > limits[10] - limits[0]
+    assert limits[-1] == 8
+
+
+def test_a_full_house_is_known_at_the_door() -> None:
+    gate, waited = Gate(1, 1), list[bool]()
+
+    def work() -> None:
+        with gate.admitted(inf) as place:
+            waited.append(place.has_time)
+
+    gate.refuse_if_full()
+    with ThreadPoolExecutor(1) as pool, filled(gate, 1):
+        gate.refuse_if_full()
+        pool.submit(work)
+        wait_until(lambda: gate.waiting == 1)
+        with pytest.raises(OverloadedError) as refused:
+            gate.refuse_if_full()
+        assert refused.value.status == 429
+    assert waited == [True]

@@ -42,7 +42,7 @@ def create_app(config: DispatcherConfig | None = None) -> Flask:
         return app
     policy = PolicyWatch(config.policy)
     watch = config.power.watch(lambda: policy.policy().power_limits)
-    site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms)
+    site = Site.create(_NAME, config.common, lambda: policy.policy().deadline_ms, keeps_all=True)
     fallback = open_fallback(config.rules_file, config.messages_file)
     key = config.common.api_keys.headers
     dispatcher = Dispatcher(

@@ -91,8 +91,9 @@ class _Desk:
         return parse.plain(text, self.headers(), default_skill)
 
     def reply(self, read: Callable[[], Ask], as_text: Callable[[], bool] = lambda: False) -> Response:
-        """Parse, admit, answer, reply."""
+        """Refuse, or parse, admit, answer, reply."""
         started = time.monotonic()
+        self._site.gate.refuse_if_full()
         ask = read()
         self._service.check(ask)
         granted = self._site.common.deadline_s if ask.deadline_s is None else ask.deadline_s
@@ -108,7 +109,8 @@ class _Desk:
 
     def _admitted(self, ask: Ask, started: float, expires: float, gone: Callable[[], bool]) -> Iterator[Event]:
         with self._site.gate.admitted(expires, gone) as place:
-            events = self._service.events(ask, Clocked(started, expires, place.waited_s, gone))
+            until = expires if place.has_time else time.monotonic()
+            events = self._service.events(ask, Clocked(started, until, place.waited_s, gone))
             with closing(cast("Any", events)):
                 for event in events:
                     if isinstance(event, End) and event.report.degraded:

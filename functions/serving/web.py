@@ -42,9 +42,16 @@ class Site:
     deadlines_ms: Callable[[], Mapping[str, float]] = dict
 
     @classmethod
-    def create(cls, name: str, common: Common, deadlines_ms: Callable[[], Mapping[str, float]] = dict) -> Site:
-        """Make the parts from the settings."""
-        gate = Gate(common.max_inflight, common.queue_limit)
+    def create(
+        cls,
+        name: str,
+        common: Common,
+        deadlines_ms: Callable[[], Mapping[str, float]] = dict,
+        *,
+        keeps_all: bool = False,
+    ) -> Site:
+        """Make the parts from the settings; `keeps_all`: whoever has waited gets an answer, see `Gate`."""
+        gate = Gate(common.max_inflight, common.queue_limit, keeps_all=keeps_all)
         return cls(name, common, gate, Metrics(common.node_id, common.shard_id), Drain(), deadlines_ms)
 
 
