@@ -226,7 +226,7 @@ def test_a_whole_run_on_a_toy_model(toy: peers.Model, monkeypatch: pytest.Monkey
     plan = engine.Plan(threads=1).quick()
     run = engine.measure(toy, ["ours", "genai"], plan, quiet)
     by_name = {r.name: r for r in run.rows}
-    assert list(by_name) == ["ours int4", "ours int4-gptq", "ours int4-gptq+prefill", "ours int8", "genai"]
+    assert list(by_name) == ["ours int4", "ours int4+prefill", "ours int8", "genai"]
     assert "no_such_module" in by_name["genai"].skipped
     for name in ("ours int4", "ours int8"):
         r = by_name[name]
