@@ -17,7 +17,7 @@ import numpy as np
 
 from models.artifact.files import fill, opened, read_small
 from models.artifact.manifest import FileEntry, Manifest, parse_manifest
-from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
+from models.artifact.names import EMBEDDINGS, EXITS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
 from models.artifact.tensors import Array, read_tensors, tensor_pieces
 from models.errors import ArtifactError, SealError
 
@@ -109,6 +109,10 @@ class Artifact:
     def labels(self) -> dict[str, Array]:
         """Label head and added inputs in fp32, or nothing for a tier without skills."""
         return {k: v.astype(np.float32) for k, v in self.tensors(LABELS).items()} if self.has(LABELS) else {}
+
+    def exit_heads(self) -> dict[str, Array]:
+        """Weights of the exits' heads as they are stored, or nothing."""
+        return self.tensors(EXITS) if self.manifest.exit_heads else {}
 
     def fault(self, name: str) -> str | None:
         """Read a file and say what is wrong with it, if anything; a seal only counts where the key was handed in."""

@@ -1,0 +1,151 @@
+"""Run a tier's frames engine over labelled utterances and keep what exits are trained on: states between layers.
+
+States are those of the real engine, in its quantisation, each divided by its root mean square (as the next layer's norm
+would) and kept in fp16. Work is done in parts, which a stopped run finds again. No torch. C width, L layers kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from models.artifact.names import FRAMES, PLAIN
+from models.artifact.store import Artifact
+from models.build.augment import Crossing, SlotSwapper
+from models.build.batches import Encoder, Row
+from models.build.datasets import Example, foreign
+from models.build.progress import Report
+from models.errors import DataError
+from models.runtime.engine import Embeddings
+from models.runtime.exits import unit
+from models.runtime.layers import Layers
+from models.runtime.sessions import EngineOptions, parts_of
+from models.skills import SkillSet
+
+Array = NDArray[Any]
+PART_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tier saw of one row: `states` (L, T + W, C) of the prompt's tokens and of the echo's word ends.
+
+    `final` (1 + W, C) are the last layer's normalised states at `<answer>` and the word ends.
+    """
+
+    row: Row
+    states: Array
+    final: Array
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The rows that exits learn from: all examples, foreign ones, and as many varied copies; a seed makes it again."""
+
+    seed: int = 13
+    copies: int = 2
+    foreign_per_skill: int = 400
+    swap: float = 0.5
+    cross: float = 0.3
+    noise: float = 0.08
+
+    def rows(self, examples: Sequence[Example], encoder: Encoder, skills: SkillSet, vocab_size: int) -> list[Row]:
+        """Encode; the first copy is plain, the others have slot values swapped, sentences crossed, tokens replaced."""
+        rng, strange = random.Random(self.seed), foreign(examples, skills)
+        swapper, crossing = SlotSwapper(examples), Crossing([*examples, *strange])
+        rows: list[Row] = []
+        for copy in range(self.copies):
+            mix = list(examples)
+            for name in skills.names:
+                pool = [e for e in strange if e.skill == name]
+                mix += rng.sample(pool, min(self.foreign_per_skill, len(pool)))
+            rng.shuffle(mix)
+            for example in mix:
+                if copy and example.tags:
+                    row = encoder.row(swapper.swap(example, self.swap, rng))
+                else:
+                    row = encoder.row(crossing.cross(example, rng) if copy and rng.random() < self.cross else example)
+                rows.append(_noisy(row, self.noise, vocab_size, rng) if copy else row)
+        return rows
+
+
+def _noisy(row: Row, rate: float, vocab_size: int, rng: random.Random) -> Row:
+    """Replace a share of the utterance's tokens by random ones, the same in both copies."""
+    words = [rng.randrange(vocab_size) if rng.random() < rate else token for token in row.ids[1 : row.answer_at]]
+    echo = words if len(row.ids) > row.answer_at + 1 else []
+    return replace(row, ids=(row.ids[0], *words, row.ids[row.answer_at], *echo))
+
+
+class Observer:
+    """An artifact's frames engine, cut wherever states are kept: after each number of layers in `passed`."""
+
+    def __init__(self, artifact: Artifact, passed: Sequence[int], threads: int = 1) -> None:
+        shape, self.passed = artifact.manifest.architecture, tuple(passed)
+        if artifact.manifest.skills is None:
+            raise DataError(f"{artifact.path} has no skills; exits are trained on a tier that answers them")
+        options = EngineOptions(threads, spin=False, sequences=1)
+        parts = dict(parts_of(artifact, options, passed))
+        chosen = parts.get(FRAMES) or parts[PLAIN]
+        self._layers = Layers(shape, chosen.segments, options)
+        self._embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), shape.width)
+        self.identity = f"{artifact.manifest.model_version} {self.passed}"
+        self.skills, self.vocab_size = artifact.manifest.skills, self._embeddings.vocab_size
+        self.encoder = Encoder(Tokenizer.from_str(artifact.tokenizer_json()), self.skills, self.vocab_size)
+        self.labels = artifact.labels()["labels"]
+
+    def see(self, row: Row) -> Seen:
+        """Read the prompt and, where there are tags, the echo after it, as the runtime does."""
+        prompt = row.answer_at + 1
+        states, final = self._pass(row.ids[:prompt], 0)
+        if row.tag_at:
+            echoed, ends = self._pass(row.ids[prompt:], prompt), [at - prompt for at in row.tag_at]
+            states = np.concatenate([states, echoed[0][:, ends]], axis=1)
+            final = np.concatenate([final[-1:], echoed[1][ends]])
+        return Seen(row, states, final if row.tag_at else final[-1:])
+
+    def _pass(self, ids: Sequence[int], before: int) -> tuple[Array, Array]:
+        """Kept states (L, T, C) and the last ones (T, C), both fp16."""
+        length, kept = before + len(ids), []
+        stack = self._layers.stack(range(1), length, len(ids), head=False)
+        for segment in stack.run(self._embeddings.rows(ids)[None], [length - 1]):
+            if segment.span.stop in self.passed:
+                kept.append(unit(segment["carried"][0]).astype(np.float16))
+        return np.stack(kept), segment["hidden"][0].astype(np.float16)
+
+
+def see_all(observer: Observer, rows: Sequence[Row], cache: Path, report: Report) -> Iterator[Seen]:
+    """Yield what the tier sees of each row, in order; parts that `cache` holds already are read instead."""
+    cache.mkdir(parents=True, exist_ok=True)
+    text = repr([(row.ids, row.answer_at, row.tag_at) for row in rows])
+    stamp = hashlib.sha256(f"{observer.identity} {text}".encode()).hexdigest()[:12]
+    for start in range(0, len(rows), PART_ROWS):
+        part, file = rows[start : start + PART_ROWS], cache / f"{stamp}-{start // PART_ROWS:04d}.npz"
+        if not file.is_file():
+            _write(file, [observer.see(row) for row in part])
+        yield from _read(file, part)
+        report(start + len(part), len(rows), "states")
+
+
+def _write(file: Path, seen: Sequence[Seen]) -> None:
+    half = file.with_suffix(".part")
+    with half.open("wb") as out:
+        np.savez(out, states=np.concatenate([s.states for s in seen], axis=1), final=np.concatenate([s.final for s in seen]))
+    half.replace(file)
+
+
+def _read(file: Path, rows: Sequence[Row]) -> Iterator[Seen]:
+    with np.load(file) as held:
+        states, final = held["states"], held["final"]
+    at = top = 0
+    for row in rows:
+        n_states, n_final = row.answer_at + 1 + len(row.tag_at), 1 + len(row.tag_at)
+        yield Seen(row, states[:, at : at + n_states], final[top : top + n_final])
+        at, top = at + n_states, top + n_final
