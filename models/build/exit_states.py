@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from models.artifact.names import FRAMES, PLAIN
 from models.artifact.store import Artifact
-from models.build.augment import Crossing, SlotSwapper
 from models.build.batches import Encoder, Row
 from models.build.datasets import Example, foreign
 from models.build.progress import Report
@@ -47,41 +46,26 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """The rows that exits learn from: all examples, foreign ones, and as many varied copies; a seed makes it again."""
+class Kept:
+    """The same at one depth: `states` (T + W, C) after `passed` layers."""
 
-    seed: int = 13
-    copies: int = 2
-    foreign_per_skill: int = 400
-    swap: float = 0.5
-    cross: float = 0.3
-    noise: float = 0.08
-
-    def rows(self, examples: Sequence[Example], encoder: Encoder, skills: SkillSet, vocab_size: int) -> list[Row]:
-        """Encode; the first copy is plain, the others have slot values swapped, sentences crossed, tokens replaced."""
-        rng, strange = random.Random(self.seed), foreign(examples, skills)
-        swapper, crossing = SlotSwapper(examples), Crossing([*examples, *strange])
-        rows: list[Row] = []
-        for copy in range(self.copies):
-            mix = list(examples)
-            for name in skills.names:
-                pool = [e for e in strange if e.skill == name]
-                mix += rng.sample(pool, min(self.foreign_per_skill, len(pool)))
-            rng.shuffle(mix)
-            for example in mix:
-                if copy and example.tags:
-                    row = encoder.row(swapper.swap(example, self.swap, rng))
-                else:
-                    row = encoder.row(crossing.cross(example, rng) if copy and rng.random() < self.cross else example)
-                rows.append(_noisy(row, self.noise, vocab_size, rng) if copy else row)
-        return rows
+    row: Row
+    passed: int
+    states: Array
+    final: Array
 
 
-def _noisy(row: Row, rate: float, vocab_size: int, rng: random.Random) -> Row:
-    """Replace a share of the utterance's tokens by random ones, the same in both copies."""
-    words = [rng.randrange(vocab_size) if rng.random() < rate else token for token in row.ids[1 : row.answer_at]]
-    echo = words if len(row.ids) > row.answer_at + 1 else []
-    return replace(row, ids=(row.ids[0], *words, row.ids[row.answer_at], *echo))
+FOREIGN_PER_SKILL, SEED = 400, 13
+
+
+def lessons(examples: Sequence[Example], encoder: Encoder, skills: SkillSet) -> list[Row]:
+    """The rows that exits learn from, shuffled: all examples, and some of other skills that each must reject."""
+    rng, strange, mix = random.Random(SEED), foreign(examples, skills), list(examples)
+    for name in skills.names:
+        pool = [e for e in strange if e.skill == name]
+        mix += rng.sample(pool, min(FOREIGN_PER_SKILL, len(pool)))
+    rng.shuffle(mix)
+    return [encoder.row(e) for e in mix]
 
 
 class Observer:
@@ -99,7 +83,7 @@ class Observer:
         self.identity = f"{artifact.manifest.model_version} {self.passed}"
         self.skills, self.vocab_size = artifact.manifest.skills, self._embeddings.vocab_size
         self.encoder = Encoder(Tokenizer.from_str(artifact.tokenizer_json()), self.skills, self.vocab_size)
-        self.labels = artifact.labels()["labels"]
+        self.labels, self.n_layers = artifact.labels()["labels"], shape.n_layers
 
     def see(self, row: Row) -> Seen:
         """Read the prompt and, where there are tags, the echo after it, as the runtime does."""
@@ -121,6 +105,13 @@ class Observer:
         return np.stack(kept), segment["hidden"][0].astype(np.float16)
 
 
+def kept_at(passed: int, observer: Observer, rows: Sequence[Row], cache: Path, report: Report) -> list[Kept]:
+    """What the tier saw of each row at one depth."""
+    at = observer.passed.index(passed)
+    seen = see_all(observer, rows, cache, report)
+    return [Kept(s.row, passed, s.states[at].copy(), s.final.copy()) for s in seen]
+
+
 def see_all(observer: Observer, rows: Sequence[Row], cache: Path, report: Report) -> Iterator[Seen]:
     """Yield what the tier sees of each row, in order; parts that `cache` holds already are read instead."""
     cache.mkdir(parents=True, exist_ok=True)
@@ -137,7 +128,8 @@ def see_all(observer: Observer, rows: Sequence[Row], cache: Path, report: Report
 def _write(file: Path, seen: Sequence[Seen]) -> None:
     half = file.with_suffix(".part")
     with half.open("wb") as out:
-        np.savez(out, states=np.concatenate([s.states for s in seen], axis=1), final=np.concatenate([s.final for s in seen]))
+        states, final = np.concatenate([s.states for s in seen], axis=1), np.concatenate([s.final for s in seen])
+        np.savez(out, states=states, final=final)
     half.replace(file)
 
 

@@ -21,14 +21,10 @@ from models.artifact.manifest import Manifest
 from models.artifact.store import Artifact
 from models.runtime import frames
 from models.runtime.confidence import Logistic, features
-from models.runtime.tier import Depth
+from models.runtime.tier import NO_EXIT, Depth
 from models.skills import OUT_OF_SCOPE, Skill, SkillPrompt, SkillSet
 
 Floats = NDArray[np.float32]
-NO_EXIT = 2.0
-"""An exit threshold that no probability reaches."""
-TUNED = None
-"""An exit threshold that leaves each skill its own, chosen on validation data."""
 MATRICES = ("down", "mix", "out", "tag_mix", "tag_out")
 _FLOOR = 1e-6
 _GELU = math.sqrt(2 / math.pi)
@@ -163,9 +159,9 @@ class SharedExit:
 
 
 def exits_of(artifact: Artifact, labels: Floats, skills: SkillSet, threshold: float | None) -> list[Exit]:
-    """The exits of an artifact, from the first on; `threshold` is for all skills, or `TUNED`; above 1 there are none.
+    """The exits of an artifact, from the first on; `threshold` is for all skills, or `TUNED_EXITS`; above 1 there are none.
 
-    Exits that share the model's label head have no threshold of their own: `TUNED` closes them.
+    Exits that share the model's label head have no threshold of their own: `TUNED_EXITS` closes them.
     """
     m = artifact.manifest
     if threshold is not None and threshold > 1:
@@ -176,7 +172,7 @@ def exits_of(artifact: Artifact, labels: Floats, skills: SkillSet, threshold: fl
     tensors = artifact.exit_heads()
     thresholds = m.exit_heads.thresholds if threshold is None else dict.fromkeys(skills.names, threshold)
     return [
-        HeadExit(passed, Scorer(_of(tensors, passed), skills), m.exit_heads.calibration[passed], thresholds)
+        HeadExit(passed, Scorer(of_exit(tensors, passed), skills), m.exit_heads.calibration[passed], thresholds)
         for passed in m.exit_heads.passed
     ]
 
@@ -187,7 +183,8 @@ def cuts_for(manifest: Manifest, threshold: float | None) -> tuple[int, ...]:
     return () if closed or manifest.exit_heads is None else manifest.exit_heads.passed
 
 
-def _of(tensors: Mapping[str, NDArray[Any]], passed: int) -> dict[str, NDArray[Any]]:
+def of_exit(tensors: Mapping[str, NDArray[Any]], passed: int) -> dict[str, NDArray[Any]]:
+    """Of all exits' tensors those of one, without its prefix."""
     prefix = f"exit.{passed}."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 

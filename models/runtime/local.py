@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
@@ -22,17 +21,29 @@ from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
 from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
 from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
-from models.runtime.exits import NO_EXIT, DepthCount, Exit, cuts_for, exits_of, open_for
+from models.runtime.exits import DepthCount, Exit, cuts_for, exits_of, open_for
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixCache, PrefixStats
 from models.runtime.providers import CPU
 from models.runtime.sessions import EngineOptions, parts_of
-from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
+from models.runtime.tier import (
+    NO_EXIT,
+    Chat,
+    Completion,
+    DraftUse,
+    Limits,
+    Prompt,
+    SkillQuery,
+    TierCard,
+    TierStats,
+    Token,
+)
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
+
 
 class SkillReader:
     """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`.
@@ -272,7 +283,7 @@ class LocalTier:
     ) -> LocalTier:
         """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
-        `exit_threshold` is the confidence from which an early exit answers; above 1 none does, `TUNED` is each skill's
+        `exit_threshold` is the confidence from which an early exit answers; above 1 none does, `TUNED_EXITS` is each skill's
         own. It is calibrated where exits have heads; where they share the model's, it is the intent's probability.
         `lookup_tokens` of repeated text are at most read ahead at once. The rest is explained in `EngineOptions`; the
         prefix cache is the text writer's.

@@ -29,7 +29,7 @@ from models.errors import ArtifactError, LinkLostError, ShardsLostError
 from models.runtime.decode import Guide
 from models.runtime.descent import Descent, LayerDescent
 from models.runtime.engine import CHUNK, TILE, Embeddings, check_room, chunks, passes
-from models.runtime.exits import NO_EXIT, cuts_for
+from models.runtime.exits import cuts_for
 from models.runtime.layers import LONG, Floats
 from models.runtime.links import GREEDY, Answer, Choice, Link, LinkSession, Opening, Picks, Piece, Want, masked
 from models.runtime.local import LocalTier, SkillReader, TextWriter, card_of, stats_of
@@ -37,7 +37,7 @@ from models.runtime.prefixes import BLOCK_TOKENS, block_keys
 from models.runtime.sampling import Draws, Pick, pick
 from models.runtime.sessions import EngineOptions, takes_rows
 from models.runtime.stage import Lane, Stage, StageSession
-from models.runtime.tier import Limits, TierStats
+from models.runtime.tier import NO_EXIT, Limits, TierStats
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper

@@ -80,9 +80,7 @@ class Segment:
         return cls(replace(span, head=False), graph, kept, given)
 
 
-def segments(
-    artifact: Artifact, variant: str, *, prefill: bool = False, cuts: Sequence[int] = ()
-) -> Iterator[Segment]:
+def segments(artifact: Artifact, variant: str, *, prefill: bool = False, cuts: Sequence[int] = ()) -> Iterator[Segment]:
     """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens.
 
     Where the artifact is open for some layers only, segments are those of these layers, graphs cut to fit; `cuts` are
@@ -169,9 +167,7 @@ class Parts:
     long: Sequence[Loaded] = ()
 
 
-def parts_of(
-    artifact: Artifact, options: EngineOptions, exits: Sequence[int] = ()
-) -> Iterator[tuple[str, Parts]]:
+def parts_of(artifact: Artifact, options: EngineOptions, exits: Sequence[int] = ()) -> Iterator[tuple[str, Parts]]:
     """Each variant with its parts, which are loaded one variant after the other.
 
     What answers skills is cut at `exits`, numbers of layers passed; what only writes text is not.

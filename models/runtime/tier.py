@@ -9,6 +9,11 @@ from typing import Any, Protocol
 
 from models.skills import SkillSet
 
+NO_EXIT = 2.0
+"""An exit threshold that no probability reaches."""
+TUNED_EXITS = None
+"""An exit threshold that leaves each skill its own, chosen on validation data."""
+
 
 @dataclass(frozen=True)
 class JsonForm:
