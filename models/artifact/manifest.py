@@ -110,8 +110,9 @@ class ExitHeads:
 class Manifest:
     """All that is known of a tier without opening its weights.
 
-    `exits` are the numbers of layers passed at each early exit that the graph itself has; `calibration` is read by `models.runtime.confidence`;
-    `losses` tell what quantisation cost, `made` from what and how the artifact was built.
+    `exits` are the numbers of layers passed at each early exit that the graph itself has, `exit_heads` those that it
+    is cut for when it is opened; `calibration` is read by `models.runtime.confidence`; `losses` tell what quantisation
+    cost, `made` from what and how the artifact was built.
     """
 
     model_id: str

@@ -57,7 +57,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder: `adapter.safetensors` and `adapter.json`; `exits.safetensors` and `exits.json` if it has any."""
+    """An adapter folder: `adapter.safetensors` and `adapter.json`, and the same of `exits` where there are any."""
 
     path: Path
     digest: str

@@ -25,6 +25,8 @@ from models.build.training import Schedule, Trainer
 from models.runtime.exits import MATRICES, stored
 from models.skills import SkillSet
 
+_SCHEDULE = Schedule(epochs=6, learning_rate=2e-3, token_budget=0, warmup_steps=100, weight_decay=0.05)
+
 
 @dataclass(frozen=True)
 class ExitSettings:
@@ -36,7 +38,7 @@ class ExitSettings:
     mixed: int = 256
     tag_mixed: int = 128
     rows: int = 64
-    schedule: Schedule = Schedule(epochs=6, learning_rate=2e-3, token_budget=0, warmup_steps=100, weight_decay=0.05)
+    schedule: Schedule = _SCHEDULE
     smoothing: float = 0.05
     label_share: float = 0.5
     dropout: float = 0.15
@@ -127,7 +129,7 @@ def collate(kept: Sequence[Kept], labels: Tensor) -> ExitBatch:
 
 
 class ExitLoss:
-    """Mean over intents plus mean over tags; a last layer that is wrong is not heard (Meng et al., arXiv 1904.12399)."""
+    """Mean over intents plus mean over tags; a last layer that is wrong is not heard (Meng et al. 2019, 1904.12399)."""
 
     def __init__(self, skills: SkillSet, settings: ExitSettings) -> None:
         self._intents = [skills.intent_rows(name) for name in skills.names]
@@ -135,6 +137,7 @@ class ExitLoss:
         self._settings = settings
 
     def __call__(self, net: ExitNet, batch: ExitBatch) -> Tensor:
+        """The loss of one batch."""
         intents, tags = net(batch)
         word_skill = batch.skill[batch.word_at[:, 0]]
         total = intents.new_zeros(())
@@ -167,12 +170,9 @@ def train_exit(
     per_epoch = -(-len(kept) // settings.rows)
     identity = {"settings": repr(settings), "rows": len(kept), "passed": kept[0].passed}
     trainer = Trainer(net, settings.schedule, per_epoch * settings.schedule.epochs, checkpoint, identity)
-    done, loss = trainer.resume(), ExitLoss(skills, settings)
-    stream = (
-        collate([kept[i] for i in group], table) if number >= done else None
-        for number, group in enumerate(_groups([len(k.states) for k in kept], settings))
-    )
-    trainer.run(stream, lambda batch: loss(net, batch), report)
+    trainer.resume()
+    loss, groups = ExitLoss(skills, settings), _groups([len(k.states) for k in kept], settings)
+    trainer.run(groups, lambda group: loss(net, collate([kept[i] for i in group], table)), report)
     return net.eval().tensors()
 
 

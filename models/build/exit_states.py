@@ -55,17 +55,18 @@ class Kept:
     final: Array
 
 
-FOREIGN_PER_SKILL, SEED = 400, 13
+FOREIGN_PER_SKILL, ROWS, SEED = 400, 35_000, 13
+"""Of other skills', in all, and what shuffles them."""
 
 
 def lessons(examples: Sequence[Example], encoder: Encoder, skills: SkillSet) -> list[Row]:
-    """The rows that exits learn from, shuffled: all examples, and some of other skills that each must reject."""
+    """The rows that exits learn from, shuffled: the examples, and some of other skills that each must reject."""
     rng, strange, mix = random.Random(SEED), foreign(examples, skills), list(examples)
     for name in skills.names:
         pool = [e for e in strange if e.skill == name]
         mix += rng.sample(pool, min(FOREIGN_PER_SKILL, len(pool)))
     rng.shuffle(mix)
-    return [encoder.row(e) for e in mix]
+    return [encoder.row(e) for e in mix[:ROWS]]
 
 
 class Observer:

@@ -46,9 +46,10 @@ MAX_LOSS = 0.002
 
 @dataclass(frozen=True)
 class Judged:
-    """One skill's queries at every depth: (E, n) whether the exit is right and how sure it is, and what full depth does.
+    """One skill's queries at every depth.
 
-    `right_full` and `weights` (n,); `tokens` (n,) are read for the answer.
+    (E, n): whether each exit is `right` and its `confidence`; (n,): whether the last layer is, what a query weighs, and
+    the tokens that are read for it.
     """
 
     passed: tuple[int, ...]
@@ -70,10 +71,11 @@ class Judged:
 
     def _stops(self, threshold: float) -> NDArray[np.int64]:
         """Which exit answers each query (n,), or how many there are where none does."""
-        return np.vstack([self.confidence >= threshold, np.ones((1, len(self.weights)), bool)]).argmax(0)
+        sure = np.vstack([self.confidence >= threshold, np.ones((1, len(self.weights)), bool)])
+        return np.asarray(sure.argmax(0))
 
     def as_dict(self, threshold: float) -> dict[str, Any]:
-        """JSON-ready: accuracies in %, mean layers a token, and how many times fewer that is; `stops` by layers passed."""
+        """JSON-ready: accuracies in %, mean layers a token, how many times fewer that is, `stops` by layers passed."""
         right, right_full, layers = self.at(threshold)
         stops = self._stops(threshold)
         depths = (*self.passed, self.n_layers)
@@ -236,7 +238,7 @@ def scorers_of(tensors: Mapping[str, Any], observer: Observer) -> dict[int, Scor
 def calibrated(
     readings: Sequence[Reading], skill: Skill, level: Level, prior: Sequence[float]
 ) -> tuple[dict[str, Any], list[Decoded], Any]:
-    """An exit's calibration for a skill, its answers, and how sure it is of each by a calibrator that has not seen it."""
+    """An exit's calibration for a skill, its answers, and how sure calibrators that have not seen them are of each."""
     weighed = weigh(readings, level.oos_share)
     rule = fit_reject(weighed, skill, level, fit_prior(weighed, skill, prior))
     answers = [decode(r, skill, rule) for r in weighed]

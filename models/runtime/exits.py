@@ -55,7 +55,8 @@ class Exit(Protocol):
 
 def unit(states: Floats) -> Floats:
     """States (…, C), each divided by its root mean square."""
-    return states / np.sqrt(np.square(states).mean(-1, keepdims=True, dtype=np.float32) + np.float32(_FLOOR))
+    size = np.sqrt(np.square(states).mean(-1, keepdims=True, dtype=np.float32) + np.float32(_FLOOR))
+    return np.asarray(states / size, np.float32)
 
 
 def gelu(x: Floats) -> Floats:
@@ -71,7 +72,7 @@ def stored(name: str, weight: Floats) -> dict[str, NDArray[Any]]:
 
 def restored(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
     """Undo that."""
-    return tensors[f"{name}.q"].astype(np.float32) * tensors[f"{name}.scale"][:, None]
+    return np.asarray(tensors[f"{name}.q"].astype(np.float32) * tensors[f"{name}.scale"][:, None], np.float32)
 
 
 class Scorer:
@@ -159,7 +160,7 @@ class SharedExit:
 
 
 def exits_of(artifact: Artifact, labels: Floats, skills: SkillSet, threshold: float | None) -> list[Exit]:
-    """The exits of an artifact, from the first on; `threshold` is for all skills, or `TUNED_EXITS`; above 1 there are none.
+    """The exits of an artifact, from the first on; `threshold` is for all skills, or `TUNED_EXITS`; above 1: none.
 
     Exits that share the model's label head have no threshold of their own: `TUNED_EXITS` closes them.
     """

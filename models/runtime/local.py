@@ -283,8 +283,9 @@ class LocalTier:
     ) -> LocalTier:
         """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
-        `exit_threshold` is the confidence from which an early exit answers; above 1 none does, `TUNED_EXITS` is each skill's
-        own. It is calibrated where exits have heads; where they share the model's, it is the intent's probability.
+        `exit_threshold` is the confidence from which an early exit answers; above 1 none does, `TUNED_EXITS` is each
+        skill's own. It is calibrated where exits have heads; where they share the model's, it is the intent's
+        probability.
         `lookup_tokens` of repeated text are at most read ahead at once. The rest is explained in `EngineOptions`; the
         prefix cache is the text writer's.
         """
