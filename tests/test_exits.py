@@ -234,6 +234,6 @@ def test_a_chosen_threshold_costs_no_more_than_it_may(seed: int, max_loss: float
     threshold = judged.choose(max_loss)
     with_exits, without, layers = judged.at(threshold)
     assert without - with_exits <= max_loss + 1e-9
-    assert 1 <= layers <= 3 + 1e-9
+    assert 1 - 1e-9 <= layers <= 3 + 1e-9
     assert judged.at(NO_EXIT)[2] == pytest.approx(3)
     assert sum(judged.as_dict(threshold)["stops"].values()) == n
