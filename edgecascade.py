@@ -583,7 +583,7 @@ def make_exits(
     data: Data,
     adapter: Annotated[Path | None, typer.Option(help="The tier's adapter: later builds get the exits too.")] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Where states (3 GB) and checkpoints are kept; a stopped run goes on.")
+        Path | None, typer.Option(help="Where states (2 GB) and checkpoints are kept; a stopped run goes on.")
     ] = None,
     measure: Annotated[str, typer.Option(help="Train nothing: say how the tier's exits do on this split.")] = "",
     as_json: Json = False,
