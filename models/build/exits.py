@@ -6,7 +6,7 @@ Nothing of the base or the adapter changes. No torch but in `exit_net`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from models.skills import Skill
 
 PASSED = (12, 15, 18)
 """Where SmolLM2's exits are, in numbers of layers passed."""
-MAX_LOSS = 0.0
+MAX_LOSS = 0.001
 """Accuracy that a threshold may cost on validation data."""
 
 
@@ -88,6 +88,15 @@ class Judged:
             "ratio": self.n_layers / layers,
             "stops": {str(depth): int((stops == number).sum()) for number, depth in enumerate(depths)},
         }
+
+    def since(self, first: int) -> Judged:
+        """The same without the exits before the one numbered `first`."""
+        return replace(self, passed=self.passed[first:], right=self.right[first:], confidence=self.confidence[first:])
+
+    def best(self, max_loss: float) -> Judged:
+        """The same from that exit on with which frames pass the fewest layers: a poor one costs more than it saves."""
+        found = [self.since(first) for first in range(len(self.passed))]
+        return min(found, key=lambda judged: judged.at(judged.choose(max_loss))[2])
 
     def choose(self, max_loss: float) -> float:
         """The smallest threshold from which on, up to 1, no more than `max_loss` of accuracy is lost."""
@@ -138,21 +147,26 @@ class Depths:
             found.append(query.reading(self._labels[rows] @ final[0], tags))
         return found
 
-    def judged(
-        self,
-        answers: Sequence[Sequence[Decoded]],
-        confidence: Sequence[Any],
-        calibration: Mapping[str, Any],
-        level: Level,
-    ) -> Judged:
-        """Hold the exits' answers against those at the end."""
+    def decided_at(self, passed: int, scorer: Scorer, calibration: Mapping[str, Any]) -> list[Decoded]:
+        """Answers of an exit."""
         rule = IntentRule.from_manifest(calibration, self.skill)
-        ends = [decode(r, self.skill, rule) for r in weigh(self.at_end(), level.oos_share)]
+        return [decode(reading, self.skill, rule) for reading in self.at_exit(passed, scorer)]
+
+    def decided(self, calibration: Mapping[str, Any], oos_share: float | None = None) -> list[Decoded]:
+        """Answers of the last layer, out-of-scope ones weighed up to a share of all if one is named."""
+        readings = self.at_end() if oos_share is None else weigh(self.at_end(), oos_share)
+        rule = IntentRule.from_manifest(calibration, self.skill)
+        return [decode(reading, self.skill, rule) for reading in readings]
+
+    def judged(
+        self, passed: Sequence[int], exits: Sequence[tuple[Sequence[Decoded], Any]], ends: Sequence[Decoded]
+    ) -> Judged:
+        """Hold the answers of exits, each with how sure it is of them, against those at the end."""
         return Judged(
-            passed=self.passed,
+            passed=tuple(passed),
             n_layers=self._n_layers,
-            right=np.array([[a.right for a in exits] for exits in answers]),
-            confidence=np.array(confidence),
+            right=np.array([[a.right for a in answers] for answers, _ in exits]),
+            confidence=np.array([confidence for _, confidence in exits]),
             right_full=np.array([a.right for a in ends]),
             weights=np.array([a.weight for a in ends]),
             tokens=np.array([len(q.seen.row.ids) for q in self._queries]),
@@ -185,14 +199,15 @@ def train_exits(
     calibration: dict[int, dict[str, Any]] = {depth: {} for depth in passed}
     found = {}
     for depths in depths_of(observer, validation, work / "states", report):
-        name, prior = depths.skill.name, log_prior(depths.skill, train)
-        answers, confidence = [], []
+        name, prior, exits = depths.skill.name, log_prior(depths.skill, train), []
         for depth, scorer in scorers.items():
             readings = depths.at_exit(depth, scorer)
-            calibration[depth][name], decoded, sure = calibrated(readings, depths.skill, level, prior)
-            answers.append(decoded)
-            confidence.append(sure)
-        found[name] = depths.judged(answers, confidence, artifact.manifest.calibration, level)
+            calibration[depth][name], answers, sure = calibrated(readings, depths.skill, level, prior)
+            exits.append((answers, sure))
+        ends = depths.decided(artifact.manifest.calibration, level.oos_share)
+        found[name] = depths.judged(passed, exits, ends).best(MAX_LOSS)
+        for depth in set(passed) - set(found[name].passed):
+            del calibration[depth][name]
     thresholds = {name: judged.choose(MAX_LOSS) for name, judged in found.items()}
     made = {"settings": repr(settings), "rows": len(rows), "seed": SEED, "max_loss": MAX_LOSS}
     return ExitHeads(tuple(passed), calibration, thresholds, made), tensors, found
@@ -205,20 +220,25 @@ def measure_exits(
     card = artifact.manifest.exit_heads
     if card is None:
         raise DataError(f"{artifact.path} has no exits with heads; make them with 'edgecascade exits'")
-    observer, plain = Observer(artifact, card.passed), Level(oos_share=0.0)
+    observer = Observer(artifact, card.passed)
     scorers = scorers_of(artifact.exit_heads(), observer)
     found = {}
     for depths in depths_of(observer, examples, work / "states", report):
-        skill, answers, confidence = depths.skill, [], []
-        for depth, scorer in scorers.items():
-            entry = card.calibration[depth]
-            rule = IntentRule.from_manifest(entry, skill)
-            answers.append([decode(r, skill, rule) for r in depths.at_exit(depth, scorer)])
-            models = {scope: Logistic.from_dict(model) for scope, model in entry[skill.name]["final"].items()}
-            confidence.append(apply(models, answers[-1]))
-        judged = depths.judged(answers, confidence, artifact.manifest.calibration, plain)
-        found[skill.name] = (judged, card.thresholds.get(skill.name, NO_EXIT))
+        name = depths.skill.name
+        passed = [depth for depth in card.passed if name in card.calibration[depth]]
+        exits = [_answered(depths, depth, scorers[depth], card.calibration[depth]) for depth in passed]
+        judged = depths.judged(passed, exits, depths.decided(artifact.manifest.calibration))
+        found[name] = (judged, card.thresholds.get(name, NO_EXIT))
     return found
+
+
+def _answered(
+    depths: Depths, passed: int, scorer: Scorer, calibration: Mapping[str, Any]
+) -> tuple[list[Decoded], NDArray[np.float64]]:
+    """An exit's answers and how sure it is of each."""
+    answers = depths.decided_at(passed, scorer, calibration)
+    entry = calibration[depths.skill.name]["final"]
+    return answers, apply({scope: Logistic.from_dict(model) for scope, model in entry.items()}, answers)
 
 
 def depths_of(observer: Observer, examples: Sequence[Example], cache: Path, report: Report) -> Iterator[Depths]:
