@@ -7,7 +7,7 @@ come with the pass that goes deeper. T tokens, C width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,17 @@ class Descent(Protocol):
 
         `passed` rises from call to call.
         """
+
+
+class WholeDescent:
+    """All the way at once, where nothing stops in between; `read` returns a piece's last states (T, C)."""
+
+    def __init__(self, read: Callable[[Sequence[int]], Floats], pieces: Sequence[Sequence[int]]) -> None:
+        self._read, self._pieces = read, pieces
+
+    def to(self, _passed: int) -> Floats:
+        """As in `Descent`, for all layers only."""
+        return np.concatenate([self._read(piece) for piece in self._pieces])
 
 
 class LayerDescent:
