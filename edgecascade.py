@@ -62,6 +62,9 @@ Source = Annotated[
 ]
 KeyFile = Annotated[str, typer.Option(envvar="MODEL_KEY_FILE", help="The sealing key, as `keys` makes it.")]
 KmsKeyId = Annotated[str, typer.Option(envvar="MODEL_KMS_KEY_ID", help="An AWS KMS key instead: id, ARN or alias.")]
+ExitThreshold = Annotated[
+    str, typer.Option(help="The edge's early exits: off, tuned, or the confidence from which they answer.")
+]
 Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and banking77/ as published.")]
 
 
@@ -99,6 +102,7 @@ def up(
     record: Annotated[Path | None, typer.Option(help="Write replicas, load and latency here, JSON lines.")] = None,
     shards: Annotated[str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")] = "",
     tensor: Annotated[str, typer.Option(help="Split a function's heads and columns over processes: edge=2.")] = "",
+    exit_threshold: ExitThreshold = "",
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
@@ -113,7 +117,7 @@ def up(
 
     if functions and not autoscale:
         _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
-    stack = _stack(tuple(only or ()), site)
+    stack = _stack(tuple(only or ()), site, _exit_variables(exit_threshold))
     if secrets is None:
         _ensure_edge(stack)
     if shards and tensor:
@@ -208,6 +212,7 @@ def evaluate(
     linear: Annotated[bool, typer.Option(help="Fit the linear baseline too, if --data is a folder.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Write accuracy against share local to this PNG.")] = None,
     url: Url = "",
+    exit_threshold: ExitThreshold = "",
     as_json: Json = False,
 ) -> None:
     """Measure the tiers, the cascade and the oracle on labelled queries.
@@ -224,7 +229,7 @@ def evaluate(
     queries = _queries(data, split, skill)
     queries = sample(queries, limit) if limit else queries
     train = _shared(data, "train", skill) if linear and not tier and data.is_dir() else []
-    with _service(url) as address, Client(address) as client:
+    with _service(url, _exit_variables(exit_threshold)) as address, Client(address) as client:
         measure(client, skill, Material(queries, str(data), train), tier, plot, as_json=as_json)
 
 
@@ -572,6 +577,39 @@ def calibrate(
         print(f"{name}: threshold {entry['threshold']:.3f} sends {100 * share:.1f} % to the edge")
 
 
+@app.command("exits")
+def make_exits(
+    tier: Annotated[Path, typer.Argument(help="The edge tier's artifact; it gets the exits.")],
+    data: Data,
+    adapter: Annotated[Path | None, typer.Option(help="The tier's adapter: later builds get the exits too.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where states (2 GB) and checkpoints are kept; a stopped run goes on.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="Train nothing: say how the tier's exits do on this split.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Train early exits for a tier that answers skills, calibrate them and choose thresholds (needs torch).
+
+    Examples: edgecascade exits var/edge --data ../data --adapter models/tiers/edge
+              edgecascade exits var/edge --data ../data --measure test
+    """
+    with _training("exits") as (recipes, report):
+        place = work or _home() / "exits"
+        if measure:
+            found = recipes.check_exits(tier, data, measure, place, report)
+        else:
+            found = recipes.add_exits(tier, data, adapter, place, report)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, figures in found.items():
+        print(
+            f"{name}: from {figures['threshold']:.3f}, {figures['accuracy_with_exits']:.2f} % right instead of "
+            f"{figures['accuracy_full']:.2f} %, {figures['layers_per_token']:.1f} layers a token "
+            f"({figures['ratio']:.2f} times fewer)"
+        )
+
+
 # ---- what commands share ----
 
 
@@ -729,16 +767,20 @@ def _whole() -> Iterator[Rolling]:
         yield bundle
 
 
+def _exit_variables(threshold: str) -> dict[str, str]:
+    return {"EDGE_EXIT_THRESHOLD": threshold} if threshold else {}
+
+
 @contextmanager
-def _service(url: str) -> Iterator[str]:
-    """The named bundle, the local one, or one started here."""
+def _service(url: str, variables: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The named bundle, the local one, or one started here, which is the only one that `variables` are for."""
     from deploy.local.bundle import answers
 
     local = f"http://127.0.0.1:{os.environ.get('EDGECASCADE_PORT', DEFAULT_PORT)}"
-    if url or answers(local):
+    if url or (not variables and answers(local)):
         yield url.rstrip("/") or local
         return
-    stack = _stack(())
+    stack = _stack((), variables=variables)
     _ensure_edge(stack)
     print("no bundle runs here: starting one for the while (`edgecascade up` keeps one running)", file=sys.stderr)
     with _started(stack) as address:

@@ -23,12 +23,18 @@ from models.runtime.local import LocalTier
 from models.runtime.pipeline import Replicas, open_head
 from models.runtime.sessions import EngineOptions
 from models.runtime.stage import Stage
+from models.runtime.tier import NO_EXIT
 
 OPTIONS = EngineOptions(threads=1, spin=False, sequences=3)
 
 
 def in_process(
-    path: Path, cuts: Sequence[int], options: EngineOptions = OPTIONS, lookup_tokens: int = 0, **keys: Any
+    path: Path,
+    cuts: Sequence[int],
+    options: EngineOptions = OPTIONS,
+    lookup_tokens: int = 0,
+    exit_threshold: float | None = NO_EXIT,
+    **keys: Any,
 ) -> LocalTier:
     """The tier in shards that call each other; `cuts` are where they begin, and where the last ends."""
     beyond: Replicas | None = None
@@ -36,7 +42,8 @@ def in_process(
         link = InProcessLink(Stage.open(path, range(start, stop), options, **keys), beyond)
         beyond = _only(link)
     assert beyond is not None
-    return open_head(path, "edge", cuts[1], beyond, options, lookup_tokens=lookup_tokens, **keys)
+    more = {"lookup_tokens": lookup_tokens, "exit_threshold": exit_threshold, **keys}
+    return open_head(path, "edge", cuts[1], beyond, options, **more)
 
 
 def _only(*links: Link) -> Replicas:

@@ -173,24 +173,18 @@ def test_segments_cut_at_exits_equal_the_whole(gguf_path: Path) -> None:
     cut = decoder(pack(source, "fp32", None, quiet, exits=head.exits, exit_norms=head.exit_norms))
     with whole.sequence() as a, cut.sequence() as b:
         assert np.allclose(a.hidden(IDS[:7]), b.hidden(IDS[:7]), atol=1e-5)
-        state, layers = b.hidden_early(IDS[7:], lambda _: False)
-        assert layers == SHAPE.n_layers
-        assert np.allclose(a.hidden(IDS[7:])[-1], state, atol=1e-5)
+        descent = b.descent([IDS[7:]])
+        descent.to(1)
+        states = descent.to(SHAPE.n_layers)
+        assert np.allclose(a.hidden(IDS[7:]), states, atol=1e-5)
 
 
 def test_an_early_exit_reads_its_own_norm_and_ends_the_sequence(gguf_path: Path) -> None:
     source, head = GgufSource(gguf_path), random_head(exits=(1, 2))
     cut = decoder(pack(source, "fp32", None, quiet, exits=head.exits, exit_norms=head.exit_norms))
-    seen: list[np.ndarray] = []
-
-    def second(state: np.ndarray) -> bool:
-        seen.append(state)
-        return len(seen) == 2
-
     with cut.sequence() as sequence:
-        state, layers = sequence.hidden_early(IDS, second)
-        assert layers == 2
-        assert np.array_equal(state, seen[1])
+        descent = sequence.descent([IDS])
+        seen = [descent.to(passed)[-1] for passed in (1, 2)]
         with pytest.raises(PromptTooLongError):
             sequence.hidden([1])
     assert head.exit_norms is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -25,10 +26,10 @@ from models.build.seal import seal_artifact
 from models.errors import ArtifactError, PromptError, PromptTooLongError
 from models.runtime.frames import IntentRule
 from models.runtime.local import LocalTier
-from models.runtime.tier import Chat, Completion, JsonForm, Limits, Prompt, SkillQuery, Tier, Token, Tool
+from models.runtime.tier import TUNED_EXITS, Chat, Completion, JsonForm, Limits, Prompt, SkillQuery, Tier, Token, Tool
 from models.skills import Frame, frame_schema, slots_from_tags, split_words
 from tests.shard_rigs import in_process, linked
-from tests.tiny_models import SHAPE, SKILLS, quiet, random_head, random_tensors, write_adapter, write_gguf
+from tests.tiny_models import SHAPE, SKILLS, quiet, random_exits, random_head, random_tensors, write_adapter, write_gguf
 
 UTTERANCES = ("switch it", "the lamp, please", "Play that Song by Zoë", "heu", "a b c d e f g")
 LIMITS = Limits(max_tokens=12)
@@ -106,13 +107,31 @@ def linked_tier(edge_path: Path) -> Iterator[LocalTier]:
         yield rig.tier
 
 
-@pytest.fixture(params=["edge", "drafted", "pipeline", "linked_tier"])
+@pytest.fixture(scope="module")
+def exit_path(edge_path: Path) -> Path:
+    """The edge tier with exits that answer for `lamp`, and for no other skill."""
+    folder = edge_path.parent / "exits"
+    shutil.copytree(edge_path, folder)
+    return Artifact.open(folder).with_exit_heads(*random_exits(thresholds={"lamp": 0.0})).path
+
+
+@pytest.fixture(scope="module")
+def exits(exit_path: Path) -> LocalTier:
+    return LocalTier.open(exit_path, "edge", threads=1, exit_threshold=TUNED_EXITS)
+
+
+@pytest.fixture(scope="module")
+def exit_pipeline(exit_path: Path) -> LocalTier:
+    return in_process(exit_path, (0, 2, SHAPE.n_layers), exit_threshold=TUNED_EXITS)
+
+
+@pytest.fixture(params=["edge", "drafted", "pipeline", "linked_tier", "exits", "exit_pipeline"])
 def writer(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture(params=["edge", "drafted", "device", "sealed", "pipeline", "linked_tier"])
+@pytest.fixture(params=["edge", "drafted", "device", "sealed", "pipeline", "linked_tier", "exits", "exit_pipeline"])
 def tier(request: pytest.FixtureRequest) -> Tier:
     found: Tier = request.getfixturevalue(request.param)
     return found

@@ -19,16 +19,28 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from models.build.adapter import write_exits
 from models.build.assemble import build
 from models.build.gguf_source import GgufSource
 from models.errors import AbandonedError, PromptError, PromptTooLongError
 from models.runtime.local import LocalTier
 from models.runtime.sessions import EngineOptions
-from models.runtime.tier import Chat, Completion, DraftUse, JsonForm, Limits, Prompt, SkillQuery, Tier, Token
+from models.runtime.tier import (
+    TUNED_EXITS,
+    Chat,
+    Completion,
+    DraftUse,
+    JsonForm,
+    Limits,
+    Prompt,
+    SkillQuery,
+    Tier,
+    Token,
+)
 from tests import rank_rigs
 from tests.fakes import FakeTier, card
 from tests.shard_rigs import OPTIONS, in_process, linked
-from tests.tiny_models import SHAPE, quiet, write_adapter, write_gguf
+from tests.tiny_models import SHAPE, quiet, random_exits, write_adapter, write_gguf
 
 N = SHAPE.n_layers
 EXACT = replace(OPTIONS, exact_drafts=True)
@@ -42,6 +54,11 @@ def whole(path: Path, **how: int) -> AbstractContextManager[Tier]:
 
 def shards(path: Path, *cuts: int, options: EngineOptions = OPTIONS, lookup: int = 0) -> AbstractContextManager[Tier]:
     return nullcontext(in_process(path, cuts, options, lookup_tokens=lookup))
+
+
+def leaving(path: Path, threshold: float | None) -> AbstractContextManager[Tier]:
+    """Shards, the first of which has exits."""
+    return nullcontext(in_process(path, (0, 2, N), exit_threshold=threshold))
 
 
 @contextmanager
@@ -61,6 +78,8 @@ ALIKE: dict[str, Open] = {
     "shards": lambda path: shards(path, 0, 1, N),
     "shards, each layer": lambda path: shards(path, 0, 1, 2, N),
     "shards, gRPC": lambda path: over_grpc(path, OPTIONS),
+    "exits that are never sure": lambda path: whole(path, exit_threshold=1),
+    "shards, exits that are never sure": lambda path: leaving(path, 1.0),
 }
 EXACTLY_ALIKE: dict[str, Open] = {
     "exact": lambda path: whole(path, exact_drafts=True, lookup_tokens=LOOKUP, prefix_cache_bytes=1 << 22),
@@ -70,6 +89,8 @@ EXACTLY_ALIKE: dict[str, Open] = {
 TIERS: dict[str, Open] = {
     **ALIKE,
     **EXACTLY_ALIKE,
+    "early exits": lambda path: whole(path, exit_threshold=0),
+    "early exits, shards": lambda path: leaving(path, TUNED_EXITS),
     "2 ranks": lambda path: rank_rigs.in_threads(path, 2),
     "2 ranks, gRPC": lambda path: linked_ranks(path, 2),
     "fake": lambda _: nullcontext(FakeTier(card("edge"))),
@@ -88,7 +109,9 @@ FORM = JsonForm('{"type": "array", "items": {"enum": ["abc", "b"]}, "minItems": 
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tier")
     source = GgufSource(write_gguf(folder / "tiny.gguf", Kind.Q4_1))
-    build(source, folder / "tier", "int4", write_adapter(folder / "adapter", source), quiet)
+    adapter = write_adapter(folder / "adapter", source)
+    write_exits(adapter, *random_exits())
+    build(source, folder / "tier", "int4", adapter, quiet)
     return folder / "tier"
 
 

@@ -185,3 +185,25 @@ def test_a_checkpoint_of_other_settings_is_refused(source: FolderSource, adapter
 
     with pytest.raises(DataError, match="other settings"):
         adapt(source, TRAIN, adapter, adapt_settings(epochs=13), quiet)
+
+
+def test_exits_are_trained_calibrated_and_written_without_touching_the_rest(
+    source: FolderSource, adapter: Path, tmp_path: Path
+) -> None:
+    from models.artifact.store import Artifact
+    from models.build.assemble import build
+    from models.build.exits import measure_exits, train_exits
+
+    before = build(source, tmp_path / "edge", "fp32", adapter, quiet)
+    heads, tensors, found = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,))
+    artifact = before.with_exit_heads(heads, tensors)
+    judged = found["room"]
+    assert judged.right.mean() > 0.6, "a head after one of two layers has learnt something"
+    assert judged.at(heads.thresholds["room"])[2] <= 2
+    again, threshold = measure_exits(artifact, HELD, tmp_path / "work", quiet)["room"]
+    assert threshold == heads.thresholds["room"]
+    assert (again.right == judged.right).all()
+    assert all(artifact.manifest.files[name] == entry for name, entry in before.manifest.files.items())
+    assert Artifact.open(artifact.path).fault("exits.safetensors") is None
+    resumed = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,))
+    assert all((resumed[1][name] == value).all() for name, value in tensors.items()), "a finished run is found again"

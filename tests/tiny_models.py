@@ -12,9 +12,11 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
+from models.artifact.manifest import ExitHeads
 from models.artifact.shape import LlamaShape
 from models.build.gguf_source import GgufSource
 from models.build.source import SkillHead
+from models.runtime.exits import stored
 from models.skills import Skill, SkillSet
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -195,3 +197,30 @@ def write_adapter(folder: Path, source: GgufSource, rank: int = 2, seed: int = 9
     card = {"skills": SKILLS.as_dict(), "source": source.digest(), "energy": {"watts": 9.0, "source": "made up"}}
     (folder / "adapter.json").write_text(json.dumps(card), "utf-8")
     return folder
+
+
+def random_exits(
+    passed: tuple[int, ...] = (1, 2), thresholds: dict[str, float] | None = None, seed: int = 3
+) -> tuple[ExitHeads, dict[str, np.ndarray]]:
+    """Heads at random for `SKILLS`, as sure of themselves as their margin is wide."""
+    rng, shrunk, pools = np.random.default_rng(seed), 16, 2
+    sizes = {
+        "down": (shrunk, SHAPE.width),
+        "mix": (shrunk, (1 + pools) * shrunk),
+        "out": (SKILLS.n_rows, shrunk),
+        "tag_mix": (shrunk, 4 * shrunk),
+        "tag_out": (SKILLS.n_rows, shrunk),
+    }
+    tensors: dict[str, np.ndarray] = {}
+    for depth in passed:
+        at = f"exit.{depth}."
+        tensors[f"{at}queries"] = rng.normal(size=(len(SKILLS.skills), pools, shrunk)).astype(np.float16)
+        for name, size in sizes.items():
+            weight = (2 * rng.normal(size=size) / np.sqrt(size[1])).astype(np.float32)
+            tensors |= {f"{at}{key}": value for key, value in stored(name, weight).items()}
+            tensors[f"{at}{name}.bias"] = rng.normal(size=size[0]).astype(np.float16)
+    model = {"bias": 0.0, "weights": [1.0, 1.0], "means": [0.0, 0.5], "scales": [1.0, 0.5]}
+    final = {"in_scope": model, "out_of_scope": model}
+    calibration = {depth: {skill.name: {"final": final} for skill in SKILLS.skills} for depth in passed}
+    own = {skill.name: 0.5 for skill in SKILLS.skills} if thresholds is None else thresholds
+    return ExitHeads(passed, calibration, own, {"by": "chance"}), tensors

@@ -180,6 +180,7 @@ def create_head(config: TierConfig, shard: ShardConfig) -> Flask:
             further.replicas,
             options,
             lookup_tokens=config.lookup_tokens,
+            exit_threshold=config.exit_threshold,
             keys=wrapper,
             signer=signer,
         )

@@ -175,6 +175,13 @@ class _TierCollector(Collector):
             proposed, accepted = (getattr(stats, f"{source}_{what}_tokens") for what in ("proposed", "accepted"))
             yield self._counter(f"{source}_proposed_tokens", f"Tokens that a {source} proposed.", proposed)
             yield self._counter(f"{source}_accepted_tokens", "Those that the model said too.", accepted)
+        for depth, text in (("frames", "Frames read"), ("tokens", "Tokens read for frames")):
+            family = CounterMetricFamily(
+                f"edgecascade_exit_{depth}", f"{text}, by the layers passed.", labels=[*self.labels, "layers"]
+            )
+            for passed, count in sorted(stats.depths.items()):
+                family.add_metric([*self.labels.values(), str(passed)], getattr(count, depth))
+            yield family
         yield self._gauge("execution_provider", "1 for the one in use.", 1, provider=self.provider)
 
     def _counter(self, name: str, text: str, value: float) -> Metric:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from functions.serving.api_keys import ApiKeys
 from functions.serving.secrets import SecretError
 from models.runtime.providers import CPU, PROVIDERS
+from models.runtime.tier import NO_EXIT, TUNED_EXITS
 
 COMMON_KEYS = (
     "NODE_ID",
@@ -37,6 +38,7 @@ TIER_KEYS = (
     "LOOKUP_TOKENS",
     "EXACT_DRAFTS",
     "EXECUTION_PROVIDERS",
+    "EXIT_THRESHOLD",
     "SLOWDOWN",
 )
 DISPATCHER_KEYS = (
@@ -100,6 +102,7 @@ FOREIGN_KEYS = (
     "EDGECASCADE_HOME",
     "EDGE_EXACT_DRAFTS",
     "EDGE_EXECUTION_PROVIDERS",
+    "EDGE_EXIT_THRESHOLD",
     "EDGE_KEY_FILE",
     "EDGE_LOOKUP_TOKENS",
     "EDGE_PREFIX_CACHE_MB",
@@ -108,10 +111,11 @@ FOREIGN_KEYS = (
 )
 
 _OURS = re.compile(
-    r"^(API_KEY|CACHE_|CA_FILE|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|FEDERATION_|LINGER_"
+    r"^(API_KEY|CACHE_|CA_FILE|CONFIDENCE_|DEADLINE_|DEFAULT_SKILL|DEVICE_|EDGE_|EXACT_|EXECUTION_|EXIT_|FEDERATION_|LINGER_"
     r"|LOOKUP_|MAX_BODY|MAX_INFLIGHT|MESSAGES_|MODEL_(KEY|KMS|PATH|PUBLIC)|NODE_ID|POWER_|PREFIX_CACHE|QUEUE_LIMIT"
     r"|RULES_|SHARD_|SLOWDOWN|TENSOR_|THREADS|TIER_)"
 )
+_EXIT_WORDS = {"off": NO_EXIT, "tuned": TUNED_EXITS}
 # Kubernetes announces each Service in the environment: one named `edge` gives EDGE_PORT, EDGE_SERVICE_HOST, …
 _SERVICE_LINK = re.compile(r"^[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
 
@@ -267,7 +271,7 @@ class KeySettings:
 class TierConfig:
     """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
 
-    `lookup_tokens` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
+    `lookup_tokens`, `exit_threshold` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
     `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines.
     """
 
@@ -279,6 +283,7 @@ class TierConfig:
     providers: tuple[str, ...] = (CPU,)
     lookup_tokens: int = 0
     exact_drafts: bool = False
+    exit_threshold: float | None = NO_EXIT
     slowdown: float = 1.0
     common: Common = field(default_factory=Common)
 
@@ -296,6 +301,20 @@ class TierConfig:
             providers=environment.choices("EXECUTION_PROVIDERS", cls.providers, PROVIDERS),
             lookup_tokens=environment.integer("LOOKUP_TOKENS", cls.lookup_tokens, 0, 16),
             exact_drafts=bool(environment.integer("EXACT_DRAFTS", cls.exact_drafts, 0, 1)),
+            exit_threshold=_exit_threshold(environment),
             slowdown=environment.number("SLOWDOWN", cls.slowdown, 1, 1000),
             common=Common.read(environment, max_inflight=2),
         )
+
+
+def _exit_threshold(environment: Environment) -> float | None:
+    text = environment.text("EXIT_THRESHOLD", "off")
+    if text in _EXIT_WORDS:
+        return _EXIT_WORDS[text]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ConfigError(f"EXIT_THRESHOLD is '{text}'; it must be off, tuned, or a number from 0 to 1")
+    return value

@@ -34,7 +34,7 @@ class Answerer:
     @classmethod
     def of(cls, tier: Tier, node_id: str) -> Answerer:
         """Read the calibration from the tier's card; raises `ValueError` or `KeyError` if it is malformed."""
-        return cls(tier, Confidence.from_manifest(tier.card.calibration), node_id)
+        return cls(tier, Confidence.from_manifest(tier.card.calibration, tier.card.exits), node_id)
 
     def check(self, ask: Ask) -> None:
         """Raise `RefusedError` for what this tier cannot answer, whatever the text."""
@@ -130,7 +130,8 @@ class Answerer:
     def _judged(self, report: Report, ask: Ask, frame: dict[str, Any], decode: _Decode) -> Report:
         """The report with the frame, how sure the tier is, and from where on it should be trusted."""
         intent = str(frame.get("intent", ""))
-        confidence = None if decode.late else self.confidence.final(ask.skill, intent, decode.tokens)
+        early = decode.tokens[-1].exit_layer
+        confidence = None if decode.late else self.confidence.final(ask.skill, intent, decode.tokens, early)
         return report.model_copy(update={"frame": frame, "confidence": confidence, "threshold": self._threshold(ask)})
 
 

@@ -55,6 +55,7 @@ def local_loader(settings: KeySettings) -> Load:
             providers=config.providers,
             lookup_tokens=config.lookup_tokens,
             exact_drafts=config.exact_drafts,
+            exit_threshold=config.exit_threshold,
             slowdown=config.slowdown,
             keys=wrapper,
             signer=signer,

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from models.artifact.names import EXITS
 from models.artifact.shape import LlamaShape
 from models.errors import ArtifactError, DataError
 from models.skills import SkillSet
@@ -31,6 +32,8 @@ _PROVIDER = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _KEY_ID = re.compile(r"[\x21-\x7e]{1,512}")
 _WRAPPED_KEY_BYTES = 8192
 _N_FILES = 10_000
+_NEVER = 2
+"""A threshold that no probability reaches."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,49 @@ class Energy:
 
 
 @dataclass(frozen=True)
+class ExitHeads:
+    """Exits with heads of their own, in a graph that is whole: `passed` are the numbers of layers before each.
+
+    `calibration` by layers passed and skill, as in `Manifest.calibration`; `thresholds` by skill: the confidence from
+    which an exit may answer, as validation data chose it; `made` tells how they came about.
+    """
+
+    passed: tuple[int, ...]
+    calibration: Mapping[int, Mapping[str, Any]]
+    thresholds: Mapping[str, float]
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return them as they stand in the manifest."""
+        return {
+            "passed": list(self.passed),
+            "calibration": {str(passed): dict(entries) for passed, entries in self.calibration.items()},
+            "thresholds": dict(self.thresholds),
+            "made": dict(self.made),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ExitHeads:
+        """Read what `as_dict` wrote; raises `ArtifactError`."""
+        keys = _Keys("exit_heads.", values)
+        passed = tuple(_whole("exit_heads.passed", keys.take("passed", list)))
+        entries, thresholds = keys.take("calibration", dict), keys.take("thresholds", dict)
+        made = keys.take("made", dict)
+        keys.finish()
+        if list(entries) != [str(n) for n in passed] or any(not isinstance(v, dict) for v in entries.values()):
+            raise ArtifactError("the manifest's 'exit_heads.calibration' must have one entry for each of 'passed'")
+        if any(not isinstance(v, int | float) or not 0 <= v <= _NEVER for v in thresholds.values()):
+            raise ArtifactError(f"the manifest's 'exit_heads.thresholds' must lie between 0 and {_NEVER}")
+        return cls(passed, {n: entries[str(n)] for n in passed}, thresholds, made)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known of a tier without opening its weights.
 
-    `exits` are the numbers of layers passed at each early exit; `calibration` is read by `models.runtime.confidence`;
-    `losses` tell what quantisation cost, `made` from what and how the artifact was built.
+    `exits` are the numbers of layers passed at each early exit that the graph itself has, `exit_heads` those that it
+    is cut for when it is opened; `calibration` is read by `models.runtime.confidence`; `losses` tell what quantisation
+    cost, `made` from what and how the artifact was built.
     """
 
     model_id: str
@@ -90,6 +131,7 @@ class Manifest:
     sealed: Sealed | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     graph: str = FUSED
+    exit_heads: ExitHeads | None = None
 
     @property
     def key_context(self) -> dict[str, str]:
@@ -118,6 +160,7 @@ class Manifest:
             "lm_head": self.lm_head,
             "skills": self.skills.as_dict() if self.skills else None,
             "exits": list(self.exits),
+            **({"exit_heads": self.exit_heads.as_dict()} if self.exit_heads else {}),
             "calibration": dict(self.calibration),
             "energy": vars(self.energy),
             "losses": dict(self.losses),
@@ -158,6 +201,7 @@ def parse_manifest(text: str) -> Manifest:
         sealed=_sealed(top.take("sealed", dict, type(None))),
         files=_files(top.take("files", dict)),
         graph=top.take("graph", str) if top.holds("graph") else FUSED,
+        exit_heads=ExitHeads.from_dict(top.take("exit_heads", dict)) if top.holds("exit_heads") else None,
     )
     for keys in (top, model, energy):
         keys.finish()
@@ -261,3 +305,17 @@ def _check_values(manifest: Manifest) -> None:
     edges = [0, *manifest.exits, manifest.architecture.n_layers]
     if any(a >= b for a, b in pairwise(edges)):
         raise ArtifactError("the manifest's 'exits' must rise and lie inside the model")
+    if manifest.exit_heads:
+        _check_exit_heads(manifest, manifest.exit_heads)
+
+
+def _check_exit_heads(manifest: Manifest, heads: ExitHeads) -> None:
+    edges = [0, *heads.passed, manifest.architecture.n_layers]
+    if not heads.passed or any(a >= b for a, b in pairwise(edges)):
+        raise ArtifactError("the manifest's 'exit_heads.passed' must rise and lie inside the model")
+    known = set(manifest.skills.names) if manifest.skills else set()
+    named = {*heads.thresholds, *(skill for entries in heads.calibration.values() for skill in entries)}
+    if named - known:
+        raise ArtifactError(f"the manifest's 'exit_heads' name the skill '{min(named - known)}', which the tier lacks")
+    if manifest.exits or EXITS not in manifest.files:
+        raise ArtifactError(f"the manifest's 'exit_heads' need the file {EXITS} and a graph without exits of its own")

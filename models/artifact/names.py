@@ -28,6 +28,8 @@ SITES = ("qkv", "out", "gate_up", "down")
 
 MANIFEST, SIGNATURE, TOKENIZER = "manifest.json", "manifest.sig", "tokenizer.json"
 LABELS, HEAD, EMBEDDINGS = "labels.safetensors", "head.safetensors", "embeddings.safetensors"
+EXITS = "exits.safetensors"
+"""Heads that read frames between layers: who embeds asks them."""
 _LAYER_FILE = re.compile(r"(?:layer|adapter|prefill)-(\d{3,})\.safetensors")
 PLAIN, FRAMES = "plain", "frames"
 """Graph variants: the model as it is, and the model with its adapter beside the weights."""
@@ -79,7 +81,7 @@ def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:
     of_a_layer = _LAYER_FILE.fullmatch(file)
     if of_a_layer:
         return int(of_a_layer[1]) in layers
-    ends = {EMBEDDINGS: first, HEAD: last or (first and tied), LABELS: first or last}
+    ends = {EMBEDDINGS: first, EXITS: first, HEAD: last or (first and tied), LABELS: first or last}
     return ends.get(file, True)
 
 
@@ -111,6 +113,11 @@ class Span:
         """What of it lies among some layers, None if nothing does."""
         first, stop = max(self.first, layers.start), min(self.stop, layers.stop)
         return replace(self, first=first, stop=stop, head=self.head and stop == self.stop) if first < stop else None
+
+    def cut_after(self, passed: Sequence[int]) -> list[Span]:
+        """The runs that it falls into if it is cut wherever so many layers are passed."""
+        edges = [self.first, *sorted({n for n in passed if self.first < n < self.stop}), self.stop]
+        return [part for a, b in pairwise(edges) if (part := self.within(range(a, b)))]
 
 
 def spans(n_layers: int, exits: Sequence[int], lm_head: bool) -> list[Span]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.artifact.files import fill, opened, read_small
-from models.artifact.manifest import FileEntry, Manifest, parse_manifest
-from models.artifact.names import EMBEDDINGS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
+from models.artifact.manifest import ExitHeads, FileEntry, Manifest, parse_manifest
+from models.artifact.names import EMBEDDINGS, EXITS, HEAD, LABELS, MANIFEST, SIGNATURE, TOKENIZER, file_of, in_range
 from models.artifact.tensors import Array, read_tensors, tensor_pieces
 from models.errors import ArtifactError, SealError
 
@@ -110,6 +110,10 @@ class Artifact:
         """Label head and added inputs in fp32, or nothing for a tier without skills."""
         return {k: v.astype(np.float32) for k, v in self.tensors(LABELS).items()} if self.has(LABELS) else {}
 
+    def exit_heads(self) -> dict[str, Array]:
+        """Weights of the exits' heads as they are stored, or nothing."""
+        return self.tensors(EXITS) if self.manifest.exit_heads else {}
+
     def fault(self, name: str) -> str | None:
         """Read a file and say what is wrong with it, if anything; a seal only counts where the key was handed in."""
         try:
@@ -125,11 +129,27 @@ class Artifact:
         """
         if (self.path / SIGNATURE).exists():
             raise ArtifactError(f"{self.path} is signed; calibrate the artifact it was sealed from, and seal that")
-        changed = replace(self.manifest, calibration=calibration)
+        return self._rewritten(replace(self.manifest, calibration=calibration))
+
+    def with_exit_heads(self, heads: ExitHeads, tensors: Mapping[str, Array]) -> Artifact:
+        """Write heads into the folder, in place of those there are, and return the artifact as it is then.
+
+        Raises `ArtifactError` for a sealed or signed one.
+        """
+        if self.manifest.sealed or (self.path / SIGNATURE).exists():
+            raise ArtifactError(f"{self.path} is sealed or signed; add exits to the artifact it was made from")
+        part = self.path / f"{EXITS}.part"
+        data = b"".join(tensor_pieces(tensors))
+        part.write_bytes(data)
+        part.replace(self.path / EXITS)
+        files = {**self.manifest.files, EXITS: FileEntry(hashlib.sha256(data).hexdigest(), len(data))}
+        return self._rewritten(replace(self.manifest, exit_heads=heads).with_files(files))
+
+    def _rewritten(self, manifest: Manifest) -> Artifact:
         part = self.path / f"{MANIFEST}.part"
-        part.write_text(changed.as_json(), "utf-8")
+        part.write_text(manifest.as_json(), "utf-8")
         part.replace(self.path / MANIFEST)
-        return replace(self, manifest=changed)
+        return replace(self, manifest=manifest)
 
     def _in_range(self, name: str) -> bool:
         return in_range(name, self.layers, self.manifest.architecture.n_layers, tied=not self.has(EMBEDDINGS))

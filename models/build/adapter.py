@@ -6,19 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.artifact.names import SITES
-from models.artifact.tensors import Array, read_tensors
+from models.artifact.manifest import ExitHeads
+from models.artifact.names import EXITS, SITES
+from models.artifact.tensors import Array, read_tensors, tensor_pieces
 from models.build.source import Floats, SkillHead, TensorSource
 from models.errors import ArtifactError, DataError, SourceError
 from models.skills import SkillSet
 
 TENSORS, CARD = "adapter.safetensors", "adapter.json"
+EXIT_CARD = "exits.json"
 _NAME = re.compile(r"layers\.(\d+)\.(\w+)\.(a|b\d+)")
 
 
@@ -28,6 +30,21 @@ def recalibrate_card(folder: Path, calibration: Mapping[str, Any]) -> None:
     part = folder / f"{CARD}.part"
     part.write_text(json.dumps(card, indent=1) + "\n", "utf-8")
     part.replace(folder / CARD)
+
+
+def write_exits(folder: Path, heads: ExitHeads, tensors: Mapping[str, Array]) -> None:
+    """Write exits beside an adapter; raises `SourceError` if it is none."""
+    Adapter.open(folder)
+    (folder / EXITS).write_bytes(b"".join(tensor_pieces(tensors)))
+    (folder / EXIT_CARD).write_text(json.dumps(heads.as_dict(), indent=1) + "\n", "utf-8")
+
+
+def _exits(folder: Path) -> tuple[bytes, ExitHeads, dict[str, Array]] | None:
+    """All bytes of an adapter's exits, their card and weights; None if it has none."""
+    if not (folder / EXIT_CARD).exists():
+        return None
+    data, text = (folder / EXITS).read_bytes(), (folder / EXIT_CARD).read_bytes()
+    return data + text, ExitHeads.from_dict(json.loads(text)), read_tensors(data, str(folder / EXITS))
 
 
 @dataclass(frozen=True)
@@ -40,12 +57,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder: `adapter.safetensors` and `adapter.json`."""
+    """An adapter folder: `adapter.safetensors` and `adapter.json`, and the same of `exits` where there are any."""
 
     path: Path
     digest: str
     card: Mapping[str, Any]
     tensors: Mapping[str, Array]
+    exit_heads: ExitHeads | None = None
+    exit_tensors: Mapping[str, Array] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Adapter:
@@ -55,13 +74,17 @@ class Adapter:
             card = json.loads(text)
             SkillSet.from_dict(card["skills"])
             tensors = read_tensors(data, str(path / TENSORS))
+            heads = _exits(path)
         except OSError as error:
             raise SourceError(
                 f"{path} is not an adapter: it needs {TENSORS} and {CARD}; make one with 'edgecascade adapt'"
             ) from error
         except (ValueError, KeyError, TypeError, DataError, ArtifactError) as error:
             raise SourceError(f"the adapter in {path} is damaged: {error}") from error
-        return cls(path, hashlib.sha256(data + text).hexdigest(), card, tensors)
+        if heads is None:
+            return cls(path, hashlib.sha256(data + text).hexdigest(), card, tensors)
+        more, exit_heads, exit_tensors = heads
+        return cls(path, hashlib.sha256(data + text + more).hexdigest(), card, tensors, exit_heads, exit_tensors)
 
     @property
     def has_updates(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.artifact.manifest import QUANTISATIONS, Energy, Manifest
-from models.artifact.names import LABELS, TOKENIZER, graph_file
+from models.artifact.names import EXITS, LABELS, TOKENIZER, graph_file
 from models.artifact.store import Artifact, ArtifactWriter, write_artifact
 from models.build.adapter import Adapter
 from models.build.graph import Dims
@@ -157,7 +157,11 @@ def _fill(
         return _manifest(
             source, key, head, found | pruning.losses, {"checked": checked, "pruned": pruning.choice.as_dict()}
         )
-    return _manifest(source, key, head, found, {"checked": checked})
+    manifest = _manifest(source, key, head, found, {"checked": checked})
+    if packing.adapter is None or packing.adapter.exit_heads is None:
+        return manifest
+    writer.add_tensors(EXITS, packing.adapter.exit_tensors)
+    return replace(manifest, exit_heads=packing.adapter.exit_heads)
 
 
 def _manifest(

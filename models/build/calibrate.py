@@ -261,9 +261,8 @@ def calibrate(
     threshold = max(tested, bound)
     local = confidence >= threshold
     return {
-        "reject": {"bias": rule.bias, "floor": rule.floor if math.isfinite(rule.floor) else -1e9},
-        **({"prior": list(rule.prior)} if rule.prior else {}),
-        **{stage: {k: _entry(m) for k, m in fit_stage(answers, n).items()} for stage, n in stages.items()},
+        **rule_entry(rule),
+        **{stage: stage_entry(answers, n) for stage, n in stages.items()},
         "threshold": threshold,
         "promise": {
             "local_error_at_most": level.error,
@@ -280,6 +279,17 @@ def calibrate(
 
 def _share(mask: NDArray[np.bool_], weights: Doubles) -> float:
     return float((mask * weights).sum() / weights.sum()) if weights.sum() else 0.0
+
+
+def rule_entry(rule: frames.IntentRule) -> dict[str, Any]:
+    """A rule as it stands in a calibration."""
+    reject = {"bias": rule.bias, "floor": rule.floor if math.isfinite(rule.floor) else -1e9}
+    return {"reject": reject, **({"prior": list(rule.prior)} if rule.prior else {})}
+
+
+def stage_entry(answers: Sequence[Decoded], n_features: int) -> dict[str, Any]:
+    """The calibrators of one stage as they stand in a calibration."""
+    return {name: _entry(model) for name, model in fit_stage(answers, n_features).items()}
 
 
 def _entry(model: Logistic) -> dict[str, Any]:

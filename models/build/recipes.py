@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from models.artifact.store import Artifact
-from models.build.adapter import recalibrate_card
+from models.build.adapter import recalibrate_card, write_exits
 from models.build.calibrate import Level, Reading, calibrate, decode
 from models.build.datasets import Example, load, log_prior, outside
+from models.build.exits import measure_exits, train_exits
 from models.build.fetch import open_folder, open_source
 from models.build.gguf_source import GgufSource
 from models.build.progress import Report
@@ -136,6 +137,28 @@ def calibrate_tier(
     if adapter:
         recalibrate_card(adapter, entries)
     return entries
+
+
+def add_exits(tier: Path, data: Path, adapter: Path | None, work: Path, report: Report) -> dict[str, Any]:
+    """Train, calibrate and write a tier's exits; returns how they do on validation data, by skill.
+
+    They go into the artifact and, for the next build, beside its `adapter`. `work` keeps what a stopped run goes on
+    from. Raises `DataError`, `ArtifactError`.
+    """
+    artifact = Artifact.open(tier).keeping()
+    heads, tensors, found = train_exits(
+        artifact, _lessons(data), [*load(data, "validation"), *outside("validation")], work, report
+    )
+    artifact.with_exit_heads(heads, tensors)
+    if adapter:
+        write_exits(adapter, heads, tensors)
+    return {name: judged.as_dict(heads.thresholds[name]) for name, judged in found.items()}
+
+
+def check_exits(tier: Path, data: Path, split: str, work: Path, report: Report) -> dict[str, Any]:
+    """How a tier's exits do on one split, by skill; raises `DataError`, `ArtifactError`."""
+    found = measure_exits(Artifact.open(tier).keeping(), load(data, split), work, report)
+    return {name: judged.as_dict(threshold) for name, (judged, threshold) in found.items()}
 
 
 def _calibrate_skill(

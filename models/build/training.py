@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from models.build.progress import Report
 from models.errors import DataError
 from models.skills import SkillSet
 
+Part = TypeVar("Part")
+"""What one step learns from."""
 CHECKPOINT = "checkpoint.pt"
 """A run's file in its folder."""
 
@@ -118,7 +120,7 @@ class Trainer:
         part.replace(self._checkpoint)
 
     def run(
-        self, stream: Iterable[Batch], loss_of: Callable[[Batch], Tensor], report: Report, save_every_s: float = 180.0
+        self, stream: Iterable[Part], loss_of: Callable[[Part], Tensor], report: Report, save_every_s: float = 180.0
     ) -> None:
         """Train on the stream; batches up to the resumed step are passed over."""
         saved_at, smooth, done = time.monotonic(), 0.0, self.step

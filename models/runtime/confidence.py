@@ -92,19 +92,33 @@ class Confidence:
     thresholds: Mapping[str, float]
 
     @classmethod
-    def from_manifest(cls, calibration: Mapping[str, Any]) -> Confidence:
-        """Read the manifest's `calibration`: skill → {final|forecast: {in_scope|out_of_scope: model}, threshold}."""
+    def from_manifest(
+        cls, calibration: Mapping[str, Any], exits: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> Confidence:
+        """Read the manifest's `calibration`: skill → {final|forecast: {in_scope|out_of_scope: model}, threshold}.
+
+        `exits` are those of early exits, by layers passed.
+        """
+        early = {
+            (skill, f"exit {passed}", scope == OUT_OF_SCOPE): Logistic.from_dict(entry)
+            for passed, skills in (exits or {}).items()
+            for skill, entries in skills.items()
+            for scope, entry in entries["final"].items()
+        }
         found = {
             (skill, stage, scope == OUT_OF_SCOPE): Logistic.from_dict(entry)
             for skill, entries in calibration.items()
             for stage in ("final", "forecast")
             for scope, entry in entries.get(stage, {}).items()
         }
-        return cls(found, {skill: float(e["threshold"]) for skill, e in calibration.items() if "threshold" in e})
+        return cls(
+            {**found, **early}, {skill: float(e["threshold"]) for skill, e in calibration.items() if "threshold" in e}
+        )
 
-    def final(self, skill: str, intent: str, steps: Sequence[Evidence]) -> float | None:
-        """P(right) of a finished frame."""
-        return self._apply("final", skill, intent, steps)
+    def final(self, skill: str, intent: str, steps: Sequence[Evidence], exit_layer: int | None = None) -> float | None:
+        """P(right) of a finished frame, which an early exit may have read."""
+        early = self._apply(f"exit {exit_layer}", skill, intent, steps)
+        return self._apply("final", skill, intent, steps) if early is None else early
 
     def forecast(self, skill: str, intent: str, first: Evidence) -> float | None:
         """P(right) of the frame as known after its first label."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from models.artifact.names import BYTE, bits_and_block
 from models.artifact.shape import LlamaShape
 from models.errors import AbandonedError, ArtifactError, PromptTooLongError
+from models.runtime.descent import Descent, LayerDescent
 from models.runtime.layers import LONG, Bound, Layers
 from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache
 from models.runtime.sessions import EngineOptions, Loaded, Segment
@@ -66,8 +67,8 @@ class SkillSequence(Protocol):
     def hidden(self, ids: Sequence[int]) -> Floats:
         """Read ids and return the model's normalised states (T, C) at each of them."""
 
-    def hidden_early(self, ids: Sequence[int], enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
-        """The last state (C,), if it is `enough` that of an earlier exit, and how many layers were passed."""
+    def descent(self, pieces: Sequence[Sequence[int]]) -> Descent:
+        """Begin to read pieces of ids, stopping between layers; a sequence that does not go all the way is full."""
 
 
 class SkillEngine(Protocol):
@@ -80,6 +81,10 @@ class SkillEngine(Protocol):
     @property
     def context(self) -> int:
         """Tokens that it reads at most."""
+
+    @property
+    def reach(self) -> int:
+        """Layers after which its sequences may stop: none beyond."""
 
     @property
     def embeddings(self) -> Embeddings:
@@ -152,6 +157,11 @@ class Decoder:
     def provider(self) -> str:
         """Short name of the execution provider in use."""
         return self.layers.provider
+
+    @property
+    def reach(self) -> int:
+        """Layers after which its sequences may stop: none beyond."""
+        return self.shape.n_layers
 
     @property
     def batches(self) -> bool:
@@ -328,19 +338,21 @@ class TokenSequence:
         self._check(ids)
         return np.concatenate([self._read(chunk)["hidden"][0].copy() for chunk in chunks(ids, self.gone)])
 
-    def hidden_early(self, ids: Sequence[int], enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
-        """Like `hidden`, for the last ids only, but stop at the first exit whose last state (C,) is `enough`.
-
-        Returns the last state and the number of layers passed. After an early stop the sequence cannot go on: it
-        counts as full.
-        """
+    def descent(self, pieces: Sequence[Sequence[int]]) -> Descent:
+        """Begin to read pieces of ids, stopping between layers; a sequence that does not go all the way is full."""
+        ids = [token for piece in pieces for token in piece]
         self._check(ids)
-        *before, last = list(chunks(ids, self.gone))
-        for chunk in before:
-            self._read(chunk)
-        stopped = self._read(last, until=lambda segment: enough(segment["hidden"][0, -1].copy()))
-        self._ended = not stopped.is_last
-        return stopped["hidden"][0, -1].copy(), stopped.span.stop
+        rows = [self._decoder.embeddings.rows(chunk) for piece in pieces for chunk in chunks(piece, self.gone)]
+        return _SequenceDescent(self, LayerDescent(self._decoder.layers, self.slot, self.length, rows), ids)
+
+    def go_down(self, descent: LayerDescent, passed: int, ids: Sequence[int]) -> Floats:
+        """Let a descent pass so many layers; `ids` are what it reads."""
+        found: list[Floats] = []
+        self._ended = passed < self._decoder.shape.n_layers
+        self._alone(lambda: found.append(descent.to(passed)))
+        if not self._ended:
+            self._grow(ids)
+        return found[0]
 
     def stepped(self, logits: Floats, *, shared: bool) -> None:
         """Take note that `next_id` was read; `logits` (V,) lie in a buffer of this slot unless it is `shared`."""
@@ -373,11 +385,8 @@ class TokenSequence:
     def _check(self, ids: Sequence[int]) -> None:
         check_room(ids, self._decoder.context, self.room)
 
-    def _read(self, ids: Sequence[int], until: Callable[[Bound], bool] = lambda _: False, rows: int = 0) -> Bound:
-        """Read one chunk, alone, with logits of its last `rows`, if they are wanted.
-
-        Returns the segment after which `until` said so, or the last.
-        """
+    def _read(self, ids: Sequence[int], rows: int = 0) -> Bound:
+        """Read one chunk, alone, with logits of its last `rows`, if they are wanted; returns the last segment."""
         if self._decoder.options.exact_drafts and self.length and len(ids) % TILE == 1:
             ids = [self._ids[-1], *ids]  # once more: it leaves the same keys and values
             self.rewind(self.length - 1)
@@ -386,10 +395,7 @@ class TokenSequence:
         def run() -> None:
             length = self.length + len(ids)
             stack = self._decoder.layers.stack(range(self.slot, self.slot + 1), length, len(ids), head=bool(rows))
-            for segment in stack.run(self._decoder.embeddings.rows(ids)[None], [length - 1], max(1, rows)):
-                found[:] = [segment]
-                if until(segment):
-                    break
+            found.append(stack.through(self._decoder.embeddings.rows(ids)[None], [length - 1], max(1, rows)))
             self._grow(ids)
 
         self._alone(run)
@@ -405,3 +411,13 @@ class TokenSequence:
 
     def _alone(self, work: Callable[[], None]) -> None:
         self._decoder.turns.take(self, self.deadline, lambda _: work())
+
+
+class _SequenceDescent:
+    """A sequence on its way down; takes the sequence's turn for each stretch."""
+
+    def __init__(self, sequence: TokenSequence, below: LayerDescent, ids: Sequence[int]) -> None:
+        self._sequence, self._below, self._ids = sequence, below, ids
+
+    def to(self, passed: int) -> Floats:
+        return self._sequence.go_down(self._below, passed, self._ids)

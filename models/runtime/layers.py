@@ -133,8 +133,7 @@ class Stack:
 
         `rows` is how many of the last tokens get logits.
         """
-        self._last_position[:] = last_positions
-        self._total_length[0] = max(last_positions) + 1
+        self._place(last_positions)
         self._logits_from[0] = -rows
         self._bound[-1].make_room(rows)
         for segment in self._bound:
@@ -146,6 +145,19 @@ class Stack:
         """Run all segments; returns the last, in which the results lie."""
         *_, last = self.run(x, last_positions, rows)
         return last
+
+    def between(self, x: Floats, last_positions: Sequence[int], first: int, stop: int) -> Bound:
+        """Run the segments of the layers from `first` to `stop` - 1, which must be whole ones; returns the last."""
+        self._place(last_positions)
+        chosen = [segment for segment in self._bound if first <= segment.span.first and segment.span.stop <= stop]
+        for segment in chosen:
+            segment.run(x)
+            x = segment["carried"] if segment is not chosen[-1] else x
+        return chosen[-1]
+
+    def _place(self, last_positions: Sequence[int]) -> None:
+        self._last_position[:] = last_positions
+        self._total_length[0] = max(last_positions) + 1
 
     @property
     def logits(self) -> Floats:
@@ -206,6 +218,10 @@ class Bound:
                 self._output(name, np.empty((*x.shape[:2], self._width), np.float32))
         self._kept["x"][:] = x
         self._session.run_with_iobinding(self._binding)
+
+    def gives(self, name: str) -> bool:
+        """Whether it has states of that name."""
+        return name in self._states
 
     def __getitem__(self, name: str) -> Floats:
         return self._kept[name]

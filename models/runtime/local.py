@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
@@ -22,32 +21,50 @@ from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
 from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
 from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
+from models.runtime.exits import DepthCount, Exit, cuts_for, exits_of, open_for
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixCache, PrefixStats
 from models.runtime.providers import CPU
 from models.runtime.sessions import EngineOptions, parts_of
-from models.runtime.tier import Chat, Completion, DraftUse, Limits, Prompt, SkillQuery, TierCard, TierStats, Token
+from models.runtime.tier import (
+    NO_EXIT,
+    Chat,
+    Completion,
+    DraftUse,
+    Limits,
+    Prompt,
+    SkillQuery,
+    TierCard,
+    TierStats,
+    Token,
+)
 from models.runtime.turns import Turns
 from models.skills import Skill, SkillPrompt, SkillSet, encode, slots_from_tags
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
-NO_EXIT = 2.0
-"""An exit threshold that no probability reaches."""
-
 
 class SkillReader:
-    """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`."""
+    """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`.
+
+    `exit_threshold` is explained in `LocalTier.open`.
+    """
 
     def __init__(
-        self, artifact: Artifact, decoder: SkillEngine, tokenizer: Tokenizer, skills: SkillSet, exit_threshold: float
+        self,
+        artifact: Artifact,
+        decoder: SkillEngine,
+        tokenizer: Tokenizer,
+        skills: SkillSet,
+        exit_threshold: float | None,
     ) -> None:
-        self.skills = skills
-        self._decoder, self._tokenizer, self._exit_threshold = decoder, tokenizer, exit_threshold
+        self.skills, self.depths = skills, DepthCount()
+        self._decoder, self._tokenizer = decoder, tokenizer
         self._labels = artifact.labels()["labels"]
         calibration = artifact.manifest.calibration
         self._rules = {skill.name: frames.IntentRule.from_manifest(calibration, skill) for skill in skills.skills}
+        self._exits = exits_of(artifact, self._labels, skills, exit_threshold)
 
     def prompt(self, query: SkillQuery) -> SkillPrompt:
         """Encode a query; raises `PromptError` if it is empty, too long or of an unknown skill."""
@@ -66,20 +83,35 @@ class SkillReader:
 
     def answer(self, skill: Skill, prompt: SkillPrompt, limits: Limits) -> Iterator[Token]:
         """Yield the intent, then, if it may carry slots, one tag a word; the texts join to the frame's JSON."""
+        n_layers = self._decoder.shape.n_layers
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
-            choice, exit_layer = self._intent(sequence, skill, prompt)
-            if not skill.slots.get(choice.label):
-                whole = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False)
-                yield Token(whole, choice.logprob, choice.margin, finish_reason="stop", exit_layer=exit_layer)
+            exits = open_for(self._exits, skill, self._decoder.reach)
+            if exits:
+                choice, tags, passed = self._early(sequence, exits, skill, prompt)
+                self.depths.count(passed, len(prompt.ids) + (len(prompt.echo) if skill.slots else 0))
+                exit_layer = passed if passed < n_layers else None
+                yield from _frame(skill, prompt, choice, lambda: tags, exit_layer)
                 return
-            opening = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False).removesuffix("}}")
-            yield Token(opening, choice.logprob, choice.margin)
-            tags = frames.tags(self._tag_logits(sequence, skill, prompt), skill, choice.label)
-        slots = slots_from_tags(prompt.words, [tag.label for tag in tags])
-        closing = json.dumps(slots, ensure_ascii=False)[1:] + "}"
-        for tag in tags[:-1]:
-            yield Token("", tag.logprob, tag.margin)
-        yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop")
+            choice = self._choose(skill, sequence.hidden(prompt.ids)[-1])
+            carries = bool(skill.slots.get(choice.label))
+            self.depths.count(n_layers, len(prompt.ids) + (len(prompt.echo) if carries else 0))
+            yield from _frame(skill, prompt, choice, lambda: self._tags(sequence, skill, prompt, choice.label), None)
+
+    def _early(
+        self, sequence: SkillSequence, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt
+    ) -> tuple[frames.Choice, Sequence[frames.Choice], int]:
+        """Read the frame at the first exit that is sure enough, else at the end; returns the layers passed too."""
+        descent = sequence.descent([prompt.ids, prompt.echo] if skill.slots else [prompt.ids])
+        for found in exits:
+            answer = found.read(skill, prompt, descent.to(found.passed))
+            if answer.confidence >= found.threshold(skill):
+                return answer.intent, answer.tags, found.passed
+        states = descent.to(self._decoder.shape.n_layers)
+        choice = self._choose(skill, states[len(prompt.ids) - 1])
+        if not skill.slots.get(choice.label):
+            return choice, (), self._decoder.shape.n_layers
+        tag_logits = self._tag_rows(skill, states[len(prompt.ids) :][list(prompt.word_ends)])
+        return choice, frames.tags(tag_logits, skill, choice.label), self._decoder.shape.n_layers
 
     def logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
         """Logits of the skill's intents (n_intents,) and, if it has slots, of each word's tags (n_words, n_tags)."""
@@ -88,23 +120,41 @@ class SkillReader:
             intents = self._rows(skill) @ sequence.hidden(prompt.ids)[-1]
             return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
 
-    def _intent(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt) -> tuple[frames.Choice, int | None]:
-        rule = self._rules[skill.name]
-
-        def choose(state: Floats) -> frames.Choice:
-            return frames.choose_intent(self._rows(skill) @ state, skill, rule)
-
-        if skill.slots or self._exit_threshold > 1:
-            return choose(sequence.hidden(prompt.ids)[-1]), None
-        state, layer = sequence.hidden_early(prompt.ids, lambda s: math.exp(choose(s).logprob) >= self._exit_threshold)
-        return choose(state), layer if layer < self._decoder.shape.n_layers else None
+    def _choose(self, skill: Skill, state: Floats) -> frames.Choice:
+        return frames.choose_intent(self._rows(skill) @ state, skill, self._rules[skill.name])
 
     def _rows(self, skill: Skill) -> Floats:
         return self._labels[self.skills.intent_rows(skill.name)]
 
+    def _tags(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt, intent: str) -> list[frames.Choice]:
+        return frames.tags(self._tag_logits(sequence, skill, prompt), skill, intent)
+
     def _tag_logits(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt) -> Floats:
-        states = sequence.hidden(prompt.echo)[list(prompt.word_ends)]
+        return self._tag_rows(skill, sequence.hidden(prompt.echo)[list(prompt.word_ends)])
+
+    def _tag_rows(self, skill: Skill, states: Floats) -> Floats:
         return np.asarray(states @ self._labels[self.skills.tag_rows(skill.name)].T)
+
+
+def _frame(
+    skill: Skill,
+    prompt: SkillPrompt,
+    choice: frames.Choice,
+    read_tags: Callable[[], Sequence[frames.Choice]],
+    exit_layer: int | None,
+) -> Iterator[Token]:
+    """The tokens of a frame; the tags are read when the intent has been handed out."""
+    whole = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False)
+    if not skill.slots.get(choice.label):
+        yield Token(whole, choice.logprob, choice.margin, finish_reason="stop", exit_layer=exit_layer)
+        return
+    yield Token(whole.removesuffix("}}"), choice.logprob, choice.margin, exit_layer=exit_layer)
+    tags = read_tags()
+    slots = slots_from_tags(prompt.words, [tag.label for tag in tags])
+    closing = json.dumps(slots, ensure_ascii=False)[1:] + "}"
+    for tag in tags[:-1]:
+        yield Token("", tag.logprob, tag.margin, exit_layer=exit_layer)
+    yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop", exit_layer=exit_layer)
 
 
 class TextWriter:
@@ -221,7 +271,7 @@ class LocalTier:
         *,
         spin: bool = True,
         context: int = 2048,
-        exit_threshold: float = NO_EXIT,
+        exit_threshold: float | None = NO_EXIT,
         sequences: int = 4,
         prefix_cache_bytes: int = 0,
         providers: Sequence[str] = (CPU,),
@@ -233,7 +283,9 @@ class LocalTier:
     ) -> LocalTier:
         """Load an artifact; raises what `Artifact.open` raises, where `keys` and `signer` are explained.
 
-        `exit_threshold` is the probability of the best intent from which an early exit answers; above 1 none does.
+        `exit_threshold` is the confidence from which an early exit answers; above 1 none does, `TUNED_EXITS` is each
+        skill's own. It is calibrated where exits have heads; where they share the model's, it is the intent's
+        probability.
         `lookup_tokens` of repeated text are at most read ahead at once. The rest is explained in `EngineOptions`; the
         prefix cache is the text writer's.
         """
@@ -250,7 +302,7 @@ class LocalTier:
             return cls(card_of(name, m, context, exported.provider), None, TextWriter(artifact, exported, tokenizer))
         embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
         decoders = {}
-        for variant, parts in parts_of(artifact, options):
+        for variant, parts in parts_of(artifact, options, cuts_for(m, exit_threshold)):
             own = writing if m.lm_head and variant == PLAIN else options
             decoders[variant] = Decoder(m.architecture, parts.segments, embeddings, own, turns, long=parts.long)
         beside = decoders.get(FRAMES) or decoders.get(PLAIN)
@@ -258,7 +310,7 @@ class LocalTier:
         writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
         card = card_of(name, m, context, next(iter(decoders.values())).provider)
         prefixes = decoders[PLAIN].prefixes if m.lm_head else None
-        return cls(card, reader, writer, lambda: stats_of(turns, prefixes, writer))
+        return cls(card, reader, writer, lambda: stats_of(turns, prefixes, reader, writer))
 
     @property
     def card(self) -> TierCard:
@@ -300,7 +352,9 @@ class LocalTier:
         return self._writer
 
 
-def stats_of(turns: Turns, prefixes: PrefixCache[Any] | None, writer: TextWriter | None) -> TierStats:
+def stats_of(
+    turns: Turns, prefixes: PrefixCache[Any] | None, reader: SkillReader | None, writer: TextWriter | None
+) -> TierStats:
     """What a tier counted since it was opened."""
     drafts, lookups = (writer.drafts, writer.lookups) if writer else (DraftUse(), DraftUse())
     prefix = prefixes.stats if prefixes else PrefixStats()
@@ -315,6 +369,7 @@ def stats_of(turns: Turns, prefixes: PrefixCache[Any] | None, writer: TextWriter
         draft_accepted_tokens=drafts.accepted,
         lookup_proposed_tokens=lookups.proposed,
         lookup_accepted_tokens=lookups.accepted,
+        depths=reader.depths.read() if reader else {},
     )
 
 
@@ -331,5 +386,6 @@ def card_of(name: str, manifest: Manifest, context: int, provider: str) -> TierC
         watts=manifest.energy.watts,
         watts_source=manifest.energy.source,
         calibration=manifest.calibration,
+        exits=manifest.exit_heads.calibration if manifest.exit_heads else {},
         provider=provider,
     )

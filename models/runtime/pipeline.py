@@ -27,15 +27,17 @@ from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, LinkLostError, ShardsLostError
 from models.runtime.decode import Guide
+from models.runtime.descent import Descent, LayerDescent
 from models.runtime.engine import CHUNK, TILE, Embeddings, check_room, chunks, passes
+from models.runtime.exits import cuts_for
 from models.runtime.layers import LONG, Floats
 from models.runtime.links import GREEDY, Answer, Choice, Link, LinkSession, Opening, Picks, Piece, Want, masked
-from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of, stats_of
+from models.runtime.local import LocalTier, SkillReader, TextWriter, card_of, stats_of
 from models.runtime.prefixes import BLOCK_TOKENS, block_keys
 from models.runtime.sampling import Draws, Pick, pick
 from models.runtime.sessions import EngineOptions, takes_rows
 from models.runtime.stage import Lane, Stage, StageSession
-from models.runtime.tier import Limits
+from models.runtime.tier import NO_EXIT, Limits, TierStats
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
@@ -303,6 +305,11 @@ class PipelineDecoder:
             yield PipelineSequence(self, here, further, gone)
 
     @property
+    def reach(self) -> int:
+        """Layers after which its sequences may stop: this shard's."""
+        return self._lane.layers.range.stop
+
+    @property
     def has_long(self) -> bool:
         """Whether passes over many tokens have segments of their own."""
         return self._lane.layers.has_long and not self.exact
@@ -360,6 +367,11 @@ class PipelineSequence:
         return self._here.room
 
     @property
+    def reach(self) -> int:
+        """Layers that are here."""
+        return self._decoder.reach
+
+    @property
     def verifies(self) -> bool:
         """Whether the last shard can pick after several tokens."""
         return self._decoder.verifies
@@ -412,14 +424,27 @@ class PipelineSequence:
         found = []
         for chunk in chunks(ids, self._gone):
             self._send(chunk, Want.STATES)
-            found.append(self._further.receive())
-        if not all(isinstance(states, np.ndarray) for states in found):
-            raise ShardsLostError("the last shard answered with a token where states were asked for")
-        return np.concatenate([np.asarray(states, np.float32) for states in found])
+            found.append(self._received())
+        return np.concatenate(found)
 
-    def hidden_early(self, ids: Sequence[int], _enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
-        """The last state of `hidden`, and the number of all layers: no shard is left out."""
-        return self.hidden(ids)[-1], self._decoder.shape.n_layers
+    def descent(self, pieces: Sequence[Sequence[int]]) -> Descent:
+        """Begin to read pieces of ids, stopping between layers; later shards are asked for all of them or nothing."""
+        check_room([token for piece in pieces for token in piece], self._decoder.context, self.room)
+        cut = [chunk for piece in pieces for chunk in chunks(piece, self._gone)]
+        rows = [self._decoder.embeddings.rows(chunk) for chunk in cut]
+        return _ChainDescent(self, self._here, self._here.descent(rows), cut)
+
+    def pass_on(self, ids: Sequence[int], states: Floats) -> Floats:
+        """Let the other shards read what this one made of ids; returns the last one's states (T, C)."""
+        self._further.send(Piece(states, self.length, Want.STATES))
+        self._ids += ids
+        return self._received()
+
+    def _received(self) -> Floats:
+        states = self._further.receive()
+        if not isinstance(states, np.ndarray):
+            raise ShardsLostError("the last shard answered with a token where states were asked for")
+        return np.asarray(states, np.float32)
 
     def _recall(self, ids: Sequence[int]) -> None:
         """Go on behind what this shard holds of a prompt; those after it hold as much, or are sent it."""
@@ -435,6 +460,26 @@ class PipelineSequence:
         states = self._here.read(self._decoder.embeddings.rows(ids), want)
         self._further.send(Piece(states, self.length, want, tuple(choices)))
         self._ids += ids
+
+
+class _ChainDescent:
+    """Down through the head, and from there through all other shards at once."""
+
+    def __init__(
+        self, sequence: PipelineSequence, here: StageSession, below: LayerDescent, pieces: Sequence[Sequence[int]]
+    ) -> None:
+        self._sequence, self._here, self._below, self._pieces = sequence, here, below, pieces
+        self._passed = 0
+
+    def to(self, passed: int) -> Floats:
+        reach = self._sequence.reach
+        if self._passed < reach:
+            self._passed = min(passed, reach)
+            states = self._here.go_down(self._below, self._passed)
+            if passed <= reach:
+                return states
+        handed = zip(self._pieces, self._below.pieces, strict=True)
+        return np.concatenate([self._sequence.pass_on(ids, states) for ids, states in handed])
 
 
 def _choices(allowed: Iterator[bytes | None], count: int, limits: Limits, draws: Draws) -> list[Choice]:
@@ -453,17 +498,20 @@ def open_head(
     options: EngineOptions,
     *,
     lookup_tokens: int = 0,
+    exit_threshold: float | None = NO_EXIT,
     keys: KeyWrapper | None = None,
     signer: bytes | None = None,
 ) -> LocalTier:
     """Load the layers before `stop` and what a head needs; raises what `Artifact.open` raises.
 
-    `lookup_tokens` are explained in `LocalTier.open`; options for drafts and the prefix cache hold for text.
+    `lookup_tokens` and `exit_threshold` are explained in `LocalTier.open`: exits among these layers, and the one after
+    them, may answer. Options for drafts and the prefix cache hold for text.
 
     The tier answers like one that holds the whole model, and raises `ShardsLostError` once nobody serves the rest.
     """
     artifact = Artifact.open(path, range(stop), keys, signer).keeping()
-    stage, m = Stage.of(artifact, options), artifact.manifest
+    m = artifact.manifest
+    stage = Stage.of(artifact, options, cuts_for(m, exit_threshold))
     embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), m.architecture.width)
     tokenizer = Tokenizer.from_str(artifact.tokenizer_json())
     verifies = m.lm_head and takes_rows(artifact)
@@ -474,11 +522,12 @@ def open_head(
         for variant, lane in stage.lanes.items()
     }
     beside = decoders.get(FRAMES) or decoders.get(PLAIN)
-    reader = SkillReader(artifact, beside, tokenizer, m.skills, NO_EXIT) if m.skills and beside else None
+    reader = SkillReader(artifact, beside, tokenizer, m.skills, exit_threshold) if m.skills and beside else None
     writer = TextWriter(artifact, decoders[PLAIN], tokenizer, lookup_tokens) if m.lm_head else None
     context = min(options.context, m.architecture.context)
     lane = stage.lanes.get(PLAIN) or next(iter(stage.lanes.values()))
 
-    return LocalTier(
-        card_of(name, m, context, stage.provider), reader, writer, lambda: stats_of(lane.turns, lane.prefixes, writer)
-    )
+    def stats() -> TierStats:
+        return stats_of(lane.turns, lane.prefixes, reader, writer)
+
+    return LocalTier(card_of(name, m, context, stage.provider), reader, writer, stats)

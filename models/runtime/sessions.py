@@ -80,10 +80,11 @@ class Segment:
         return cls(replace(span, head=False), graph, kept, given)
 
 
-def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iterator[Segment]:
+def segments(artifact: Artifact, variant: str, *, prefill: bool = False, cuts: Sequence[int] = ()) -> Iterator[Segment]:
     """Read the segments of a graph variant, one at a time; `prefill`: those for passes over many tokens.
 
-    Where the artifact is open for some layers only, segments are those of these layers, graphs cut to fit.
+    Where the artifact is open for some layers only, segments are those of these layers, graphs cut to fit; `cuts` are
+    numbers of layers passed at which they are cut besides.
     """
     m = artifact.manifest
     for number, whole in enumerate(spans(m.architecture.n_layers, m.exits, m.lm_head and variant == PLAIN)):
@@ -91,19 +92,28 @@ def segments(artifact: Artifact, variant: str, *, prefill: bool = False) -> Iter
         if span is None:
             continue
         graph = artifact.read(graph_file(variant, number, prefill=prefill))
-        if span.layers != whole.layers:
-            from models.runtime.cut import cut  # shards only have onnx
+        for part in span.cut_after(cuts):
+            yield _segment(artifact, variant, part, _fitted(graph, whole, part), prefill=prefill)
 
-            graph = cut(graph, whole, span.layers)
-        adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
-        weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
-        if prefill:
-            weights |= artifact.tensors(*map(prefill_file, span.layers))
-        if span.stop == m.architecture.n_layers:
-            top = artifact.tensors(HEAD)
-            weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
-        make = Segment.for_many_tokens if prefill else Segment
-        yield make(span, graph, weights)
+
+def _fitted(graph: bytes, whole: Span, part: Span) -> bytes:
+    if part.layers == whole.layers:
+        return graph
+    from models.runtime.cut import cut  # shards and exits only have onnx
+
+    return cut(graph, whole, part.layers)
+
+
+def _segment(artifact: Artifact, variant: str, span: Span, graph: bytes, *, prefill: bool) -> Segment:
+    adapters = [adapter_file(layer) for layer in span.layers] if variant == FRAMES else []
+    weights = artifact.tensors(*map(layer_file, span.layers), *filter(artifact.has, adapters))
+    if prefill:
+        weights |= artifact.tensors(*map(prefill_file, span.layers))
+    if span.stop == artifact.manifest.architecture.n_layers:
+        top = artifact.tensors(HEAD)
+        weights |= top if span.head and not prefill else {span.norm: top[span.norm]}
+    make = Segment.for_many_tokens if prefill else Segment
+    return make(span, graph, weights)
 
 
 def takes_rows(artifact: Artifact) -> bool:
@@ -157,23 +167,27 @@ class Parts:
     long: Sequence[Loaded] = ()
 
 
-def parts_of(artifact: Artifact, options: EngineOptions) -> Iterator[tuple[str, Parts]]:
-    """Each variant with its parts, which are loaded one variant after the other."""
-    many = _for_many_tokens(artifact, options)
+def parts_of(artifact: Artifact, options: EngineOptions, exits: Sequence[int] = ()) -> Iterator[tuple[str, Parts]]:
+    """Each variant with its parts, which are loaded one variant after the other.
+
+    What answers skills is cut at `exits`, numbers of layers passed; what only writes text is not.
+    """
+    many = _for_many_tokens(artifact, options, exits)
     bare = [part.without_adapter() for part in many]
-    for variant in variants(artifact):
+    found = variants(artifact)
+    for variant in found:
         if artifact.manifest.lm_head and variant == PLAIN:
-            yield variant, Parts(segments(artifact, variant), bare)
+            yield variant, Parts(segments(artifact, variant, cuts=() if FRAMES in found else exits), bare)
         else:  # who writes no text reads many tokens at once
-            yield variant, Parts(many or segments(artifact, variant))
+            yield variant, Parts(many or segments(artifact, variant, cuts=exits))
 
 
-def _for_many_tokens(artifact: Artifact, options: EngineOptions) -> list[Loaded]:
+def _for_many_tokens(artifact: Artifact, options: EngineOptions, exits: Sequence[int]) -> list[Loaded]:
     """The sessions for passes over many tokens, if they were built and this processor is exact with them."""
     variant = variants(artifact)[-1]
     if not artifact.has(graph_file(variant, 0, prefill=True)) or not int8_products_are_exact():
         return []
-    return load(segments(artifact, variant, prefill=True), options, rests=True)
+    return load(segments(artifact, variant, prefill=True, cuts=exits), options, rests=True)
 
 
 def open_session(

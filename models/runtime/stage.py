@@ -21,6 +21,7 @@ from models.artifact.names import PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError
+from models.runtime.descent import LayerDescent
 from models.runtime.layers import Floats, Layers
 from models.runtime.links import Opening, Want
 from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache, PrefixStats
@@ -183,6 +184,20 @@ class StageSession:
         lane.turns.take(self, self.deadline, lambda _: self._read(states, want, rows))
         return self._result
 
+    def descent(self, pieces: Sequence[Floats]) -> LayerDescent:
+        """Begin to read pieces of states (T, C), stopping between layers; `go_down` goes on."""
+        if not 0 < sum(map(len, pieces)) <= self.room:
+            raise PromptTooLongError(f"the tokens do not fit: there is room for {self.room}", "messages")
+        return LayerDescent(self._lane.layers, self.slot, self.length, pieces)
+
+    def go_down(self, descent: LayerDescent, passed: int) -> Floats:
+        """Let a descent pass so many of the model's layers; after all that are here, its pieces are read."""
+        found: list[Floats] = []
+        self._lane.turns.take(self, self.deadline, lambda _: found.append(descent.to(passed)))
+        if passed == self._lane.layers.range.stop:
+            self.length += len(found[0])
+        return found[0]
+
     def _read(self, states: Floats, want: Want, rows: int) -> None:
         layers, begins, length = self._lane.layers, self.length, self.length + len(states)
         head = want is Want.TOKEN
@@ -230,14 +245,14 @@ class Stage:
         return cls.of(Artifact.open(path, layers, keys, signer).keeping(), options)
 
     @classmethod
-    def of(cls, artifact: Artifact, options: EngineOptions) -> Stage:
-        """Load what the artifact is open for; raises `ArtifactError`."""
+    def of(cls, artifact: Artifact, options: EngineOptions, exits: Sequence[int] = ()) -> Stage:
+        """Load what the artifact is open for, skills cut at `exits`; raises `ArtifactError`."""
         m = artifact.manifest
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
         turns = Turns(_PATIENCE)
         lanes = {}
-        for variant, parts in parts_of(artifact, options):
+        for variant, parts in parts_of(artifact, options, exits):
             writes = m.lm_head and variant == PLAIN
             own = options if writes else replace(options, prefix_cache_bytes=0)
             layers = Layers(m.architecture, parts.segments, own, parts.long)

@@ -21,6 +21,7 @@ from models.artifact.names import FRAMES, PLAIN
 from models.artifact.shape import LlamaShape
 from models.artifact.store import Artifact
 from models.errors import RankLostError
+from models.runtime.descent import Descent, WholeDescent
 from models.runtime.engine import Embeddings, check_room, chunks
 from models.runtime.exchange import Threads
 from models.runtime.links import Opening, Want
@@ -62,13 +63,14 @@ class Group(Protocol):
 
 
 class TensorDecoder:
-    """What `SkillReader` and `TextWriter` need of a model: one graph variant, run by a group of ranks."""
+    """What `SkillReader` and `TextWriter` need of a model: one graph variant, run by a group of ranks; no exits."""
 
     def __init__(self, group: Group, embeddings: Embeddings, variant: str) -> None:
         self.group, self.embeddings, self._variant = group, embeddings, variant
         self.shape: LlamaShape = group.layers.manifest.architecture
         self.context = group.layers.context
         self.scale = np.float32(self.shape.embedding_scale)
+        self.reach = 0
 
     @contextmanager
     def sequence(self, deadline: float = math.inf, gone: Callable[[], bool] | None = None) -> Iterator[TensorSequence]:
@@ -111,9 +113,9 @@ class TensorSequence:
         check_room(ids, self._decoder.context, self.room)
         return np.concatenate([self._read(chunk, Want.STATES) for chunk in chunks(ids, self._gone)])
 
-    def hidden_early(self, ids: Sequence[int], _enough: Callable[[Floats], bool]) -> tuple[Floats, int]:
-        """The last state of `hidden`, and the number of all layers: models with exits are not split."""
-        return self.hidden(ids)[-1], self._decoder.shape.n_layers
+    def descent(self, pieces: Sequence[Sequence[int]]) -> Descent:
+        """Begin to read pieces of ids, all of it at once: nothing stops between layers here."""
+        return WholeDescent(self.hidden, pieces)
 
     def _read(self, ids: Sequence[int], want: Want) -> Floats:
         return self._session.read(self._decoder.embeddings.rows(ids) * self._decoder.scale, want)

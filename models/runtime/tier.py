@@ -9,6 +9,11 @@ from typing import Any, Protocol
 
 from models.skills import SkillSet
 
+NO_EXIT = 2.0
+"""An exit threshold that no probability reaches."""
+TUNED_EXITS = None
+"""An exit threshold that leaves each skill its own, chosen on validation data."""
+
 
 @dataclass(frozen=True)
 class JsonForm:
@@ -88,7 +93,7 @@ class Token:
     label's probability, before temperature; `margin` the probability of the best less that of the second best. Both
     are among what the answer's form allows; a token that it forces has 0 and 1.
     `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
-    answered; `draft` what came of the draft up to here, None if there was none or if it was not looked at.
+    answered, if one did; `draft` what came of the draft up to here, None if there was none or if it was not looked at.
     """
 
     text: str
@@ -135,7 +140,7 @@ Prompt = SkillQuery | Chat | Completion
 class TierCard:
     """What a tier says of itself; `context` in tokens, `watts` while it computes, None if nobody measured.
 
-    `provider` is the execution provider in use.
+    `provider` is the execution provider in use; `exits` are the calibrations of early exits, by layers passed.
     """
 
     name: str
@@ -148,7 +153,16 @@ class TierCard:
     watts: float | None = None
     watts_source: str = ""
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    exits: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     provider: str = "CPU"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Frames that were read at one depth, and the tokens that were read for them."""
+
+    frames: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,7 @@ class TierStats:
     `prefix_*`: prompt tokens looked up in the prefix cache, those found, blocks thrown out, and bytes held now.
     `passes` of single tokens took `pass_tokens` together: more than one each where answers share them.
     `draft_*` and `lookup_*`: tokens that drafts and lookups of repeated text proposed, and those that the model took.
+    `depths`: frames by the number of layers passed.
     """
 
     prefix_asked_tokens: int = 0
@@ -170,6 +185,7 @@ class TierStats:
     draft_accepted_tokens: int = 0
     lookup_proposed_tokens: int = 0
     lookup_accepted_tokens: int = 0
+    depths: Mapping[int, Depth] = field(default_factory=dict)
 
 
 class Tier(Protocol):
