@@ -7,6 +7,7 @@ import re
 import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -38,6 +39,7 @@ TIER_KEYS = (
     "EXACT_DRAFTS",
     "EXECUTION_PROVIDERS",
     "SLOWDOWN",
+    "SLOWDOWN_FILE",
 )
 DISPATCHER_KEYS = (
     "DEVICE_URL",
@@ -268,7 +270,8 @@ class TierConfig:
     """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
 
     `lookup_tokens` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
-    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines.
+    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines;
+    `slowdown_file` holds another factor, which may change meanwhile.
     """
 
     name: str
@@ -280,6 +283,7 @@ class TierConfig:
     lookup_tokens: int = 0
     exact_drafts: bool = False
     slowdown: float = 1.0
+    slowdown_file: Path | None = None
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -297,5 +301,6 @@ class TierConfig:
             lookup_tokens=environment.integer("LOOKUP_TOKENS", cls.lookup_tokens, 0, 16),
             exact_drafts=bool(environment.integer("EXACT_DRAFTS", cls.exact_drafts, 0, 1)),
             slowdown=environment.number("SLOWDOWN", cls.slowdown, 1, 1000),
+            slowdown_file=Path(file) if (file := environment.text("SLOWDOWN_FILE", "")) else None,
             common=Common.read(environment, max_inflight=2),
         )

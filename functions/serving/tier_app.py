@@ -56,6 +56,7 @@ def local_loader(settings: KeySettings) -> Load:
             lookup_tokens=config.lookup_tokens,
             exact_drafts=config.exact_drafts,
             slowdown=config.slowdown,
+            slowdown_file=config.slowdown_file,
             keys=wrapper,
             signer=signer,
         )

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kubernetes import client, config
-from kubernetes.config.config_exception import ConfigException
+from kubernetes import client
 from urllib3.exceptions import HTTPError
 
+from scaler import kubernetes_api
+from scaler.errors import SettingsError
 from scaler.placement.errors import ApplyError
 from scaler.placement.values import Plan
 
@@ -240,16 +241,8 @@ def _selected(affinity: Any) -> tuple[str, ...]:
 
 
 def connect(namespace: str, shards: Sequence[Shard]) -> KubernetesApplier:
-    """By the pod's service account, else by the kubeconfig; raises `ApplyError` if there is neither."""
-    settings = client.Configuration()
+    """As `kubernetes_api.connect`; raises `ApplyError` where there is no connection."""
     try:
-        config.load_incluster_config(settings)
-    except ConfigException:
-        try:
-            config.load_kube_config(client_configuration=settings)
-        except (ConfigException, OSError) as error:
-            raise ApplyError(
-                "there is neither a service account nor a kubeconfig here to reach Kubernetes by"
-            ) from error
-    settings.retries = 0
-    return KubernetesApplier(client.AppsV1Api(client.ApiClient(settings)), namespace, shards)
+        return KubernetesApplier(client.AppsV1Api(kubernetes_api.connect()), namespace, shards)
+    except SettingsError as error:
+        raise ApplyError(str(error)) from error
