@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -209,9 +210,11 @@ def open_session(
         )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
-    if options.slowdown_file is not None:
-        return SlowedSession(session, Throttle(options.slowdown_file, options.slowdown))
-    return session if options.slowdown == 1 else SlowedSession(session, options.slowdown)
+    if options.slowdown == 1 and options.slowdown_file is None:
+        return session
+    file = options.slowdown_file
+    factor = options.slowdown if file is None else Throttle(file, options.slowdown)
+    return SlowedSession(session, factor, work=time.thread_time if options.threads == 1 else None)
 
 
 def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:

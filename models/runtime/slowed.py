@@ -14,7 +14,8 @@ class SlowedSession:
 
     It sleeps in the caller's turn, so the cost grows with the work as on a slower machine, and leaves the processor to
     the other tiers. What a sleep lasts too long (tens of microseconds each, which many short graphs add up) is taken
-    off those after it. The factor is asked for at each run: a machine may get slower while it serves.
+    off those after it. The factor is asked for at each run: a machine may get slower while it serves. `work` is the
+    clock of what is multiplied: for one thread its processor's time, so that what interrupts it is not slept off too.
     """
 
     def __init__(
@@ -23,8 +24,9 @@ class SlowedSession:
         factor: float | Callable[[], float],
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
+        work: Callable[[], float] | None = None,
     ) -> None:
-        self._session, self._clock, self._sleep = session, clock, sleep
+        self._session, self._clock, self._sleep, self._work = session, clock, sleep, work or clock
         self._factor = factor if callable(factor) else lambda: factor
         self._overslept_s = 0.0
 
@@ -40,12 +42,12 @@ class SlowedSession:
         return getattr(self._session, name)
 
     def _slowed(self, run: Callable[..., Any], *args: Any) -> Any:
-        began = self._clock()
+        began = self._work()
         result = run(*args)
-        ran = self._clock()
-        pause_s = (self._factor() - 1) * (ran - began) - self._overslept_s
+        worked_s, slept = self._work() - began, self._clock()
+        pause_s = (self._factor() - 1) * worked_s - self._overslept_s
         self._sleep(max(0.0, pause_s))
-        self._overslept_s = max(0.0, self._clock() - ran - pause_s)
+        self._overslept_s = max(0.0, self._clock() - slept - pause_s)
         return result
 
 
