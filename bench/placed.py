@@ -6,6 +6,7 @@ machine does meets all three; figures are medians over rounds.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import time
@@ -143,7 +144,7 @@ def measure(start: Start, what: Effects, report: Callable[[int, int, str], None]
     tier, workload = model(what.tier), Workload(prompt_tokens=32, answer_tokens=what.tokens, context=512, sessions=1)
     total = what.rounds + 2
     with ExitStack() as stack:
-        look = stack.enter_context(_nodes(what))
+        look = stack.enter_context(nodes(what))
         report(0, total, "nodes")
         look()
         loopback = Link(_HOP_MS, LOOPBACK_MBIT_PER_S)
@@ -182,7 +183,7 @@ def _predicted(
 
 
 @contextmanager
-def _nodes(what: Effects) -> Iterator[Callable[[], list[Times]]]:
+def nodes(what: Effects) -> Iterator[Callable[[], list[Times]]]:
     """Lend what measures all nodes once: this machine, slowed by each factor."""
     with tempfile.TemporaryDirectory(prefix="edgecascade-") as folder:
         file = Path(folder) / "slowdown"
@@ -258,3 +259,17 @@ def counts(url: str) -> Counts:
         found[name] = sum(map(float, values))
     return Counts(**found)
 
+
+
+def report(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """A line a cut for a person, and JSON last."""
+    if not as_json:
+        for name in ("planned", "even"):
+            row = found[name]
+            cut = ", ".join(f"{layers} on {node}" for node, layers in row["layers"].items())
+            print(f"{name}: {cut}")
+            for what, title in (("token", "a token"), ("first_token", "the first token")):
+                measured, said, off = row[f"{what}_ms"], row[f"predicted_{what}_ms"], row[f"{what}_error"]
+                print(f"  {title}: {measured:.1f} ms measured, {said:.1f} predicted ({100 * off:+.1f} %)")
+        print(f"the even cut takes {found['ratio']:.2f} times as long a token")
+    print(json.dumps(found))

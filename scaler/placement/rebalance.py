@@ -46,7 +46,8 @@ class Action(StrEnum):
 class Policy:
     """When a move is worth thinking of, and what it costs.
 
-    A link or node counts as slow at `slow_factor` times what the plan took it for; latency must be over `slo_ms` for
+    A link or node counts as slow at `slow_factor` times what the plan took it for, a link only if that is
+    `least_link_ms` more; latency must be over `slo_ms` for
     `sustained_s`, and a node silent for `silent_s`. Savings are counted over `horizon_s`. At most one move that is not
     forced in `interval_s`, and at most `moves_per_hour` of all kinds. A node loads `load_mib_per_s`.
     """
@@ -55,6 +56,7 @@ class Policy:
     sustained_s: float = 30.0
     silent_s: float = 5.0
     slow_factor: float = 1.5
+    least_link_ms: float = 1.0
     horizon_s: float = 600.0
     interval_s: float = 120.0
     moves_per_hour: int = 6
@@ -189,8 +191,9 @@ def _slower(state: State, one: str, other: str, link: Link, policy: Policy) -> f
     if planned is None or (one, other) not in neighbours:
         return 0.0
     size = state.problem.model.hidden_bytes
-    factor = (link.latency_ms + link.busy_ms(size)) / (planned.latency_ms + planned.busy_ms(size))
-    return factor if factor >= policy.slow_factor else 0.0
+    now_ms, planned_ms = (one.latency_ms + one.busy_ms(size) for one in (link, planned))
+    is_slow = now_ms >= policy.slow_factor * planned_ms and now_ms - planned_ms >= policy.least_link_ms
+    return now_ms / planned_ms if is_slow else 0.0
 
 
 def _weighed(state: State, seen: Observed, policy: Policy, now: Problem, trigger: Reason, what: str) -> Decision:
