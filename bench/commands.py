@@ -431,7 +431,9 @@ def placed(
 @app.command("rebalance")
 def rebalance(
     context: typer.Context,
-    fault: Annotated[list[str] | None, typer.Option(help="throttle or kill; may be given again. Both by default.")] = None,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="throttle or kill; may be given again. Both by default.")
+    ] = None,
     tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
     rate: Annotated[float, typer.Option(min=0.05, help="Requests a second.")] = 0.5,
     before: Annotated[float, typer.Option(min=1, help="Seconds of load before the fault.")] = 20.0,

@@ -260,7 +260,6 @@ def counts(url: str) -> Counts:
     return Counts(**found)
 
 
-
 def report(found: Mapping[str, Any], *, as_json: bool) -> None:
     """A line a cut for a person, and JSON last."""
     if not as_json:

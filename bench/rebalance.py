@@ -1,4 +1,4 @@
-"""`bench rebalance`: under a steady load a node gets slow, or dies. Is there a new plan, is the SLO met again?
+"""`bench rebalance`: under a steady load a node gets slow, or dies; is there a new plan, and the SLO met again.
 
 A request counts as lost if it got no answer by its deadline. One that got an error is sent again, as any client of
 ours does that is told when to (Retry-After), and counts as failed besides.
@@ -18,7 +18,8 @@ from typing import Any
 from bench.bundle import Placed, Placing, StartPlaced
 from bench.client import Client, Reply
 from bench.errors import BenchError, ServiceError
-from bench.placed import LOOPBACK_MBIT_PER_S, Effects, model, nodes, problem
+from bench.placed import LOOPBACK_MBIT_PER_S, Effects, nodes, problem
+from bench.profile import model
 from scaler.placement.rebalance import Action, Decision, Policy
 from scaler.placement.values import Link, Plan, Problem, Workload
 
@@ -246,7 +247,10 @@ def _cut(plan: Plan) -> dict[str, str]:
 def report(found: Sequence[dict[str, Any]], *, as_json: bool) -> None:
     """A few lines a run for a person, and JSON last."""
     for run in [] if as_json else found:
-        print(f"{run['fault']} of {run['node']}: {run['sent']} requests sent, {run['failed']} failed and sent again, ", end="")
+        print(
+            f"{run['fault']} of {run['node']}: {run['sent']} requests sent, {run['failed']} failed and sent again, ",
+            end="",
+        )
         print(f"{run['lost']} lost")
         decided, recovered = (
             "never" if run[name] is None else f"{run[name]:.1f} s after it" for name in ("decided_s", "recovered_s")

@@ -281,14 +281,11 @@ def held_metrics(service: SessionService, held_bytes: int, labels: dict[str, str
         family.add_metric(list(labels.values()), value)
         yield family
     passes, steps = stage.passes, stage.steps.spent
-    for name, text, value in (
-        ("passes", "Forward passes of single tokens.", passes.shared_runs),
-        ("pass_tokens", "Tokens in them; more than one each where answers share.", passes.shared_turns),
-        ("pass_seconds", "What those passes lasted.", passes.shared_s),
-        ("shard_steps", "Single tokens answered.", steps.times),
-        ("shard_step_seconds", "What that took, shards beyond included.", steps.seconds),
-    ):
-        yield _counter(name, text, value, labels)
+    yield _counter("passes", "Forward passes of single tokens.", passes.shared_runs, labels)
+    yield _counter("pass_tokens", "Tokens in them; more where answers share.", passes.shared_turns, labels)
+    yield _counter("pass_seconds", "What those passes lasted.", passes.shared_s, labels)
+    yield _counter("shard_steps", "Single tokens answered.", steps.times, labels)
+    yield _counter("shard_step_seconds", "What that took, shards beyond included.", steps.seconds, labels)
 
 
 def _counter(name: str, text: str, value: float, labels: dict[str, str]) -> Metric:

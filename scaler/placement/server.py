@@ -82,9 +82,7 @@ class Loop:
 
     def __init__(self, watch: Watch, controller: Controller, registry: CollectorRegistry) -> None:
         self._watch, self._controller = watch, controller
-        self._looks = Counter(
-            "edgecascade_rebalance_looks", "Looks at the shards.", ("outcome",), registry=registry
-        )
+        self._looks = Counter("edgecascade_rebalance_looks", "Looks at the shards.", ("outcome",), registry=registry)
         self._said = ""
 
     def step(self, now_s: float) -> None:

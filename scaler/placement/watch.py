@@ -97,7 +97,7 @@ class Watch:
             link = slower_link(state.problem, one, other, found)
             if link is not None:
                 pairs = [(a, b) for a in one.nodes for b in other.nodes]
-                self._links |= {pair: (now_s, link) for pair in [*pairs, *((b, a) for a, b in pairs)]}
+                self._links |= dict.fromkeys([*pairs, *((b, a) for a, b in pairs)], (now_s, link))
         _forget(self._slowdown, now_s - self.trusted_s)
         _forget(self._links, now_s - self.trusted_s)
 
@@ -147,4 +147,3 @@ def _per_s(window: Window) -> float:
 def _forget(kept: dict[Any, tuple[float, Any]], before_s: float) -> None:
     for key in [key for key, (at_s, _) in kept.items() if at_s < before_s]:
         del kept[key]
-

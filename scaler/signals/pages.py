@@ -63,9 +63,7 @@ class PageSource:
 
     def _look(self, page: str, now_s: float) -> None:
         url = page if page.endswith(_PATH) else page + _PATH
-        for name, labels, value in _parsed(
-            fetch.text(self._client, url, "a page of metrics"), self._names
-        ):
+        for name, labels, value in _parsed(fetch.text(self._client, url, "a page of metrics"), self._names):
             if name in GATEWAY and labels.get("function_name") != self._gateway_name:
                 continue
             key = page, name, tuple(sorted(labels.items()))
