@@ -26,10 +26,13 @@ from scaler.placement.values import Link, Plan, Problem, Workload
 FAULTS = ("throttle", "kill")
 QUESTION = "Tell me a long story about the sea, a lighthouse and an old man."
 PROMPT_TOKENS = 46
-LINK = Link(0.5, LOOPBACK_MBIT_PER_S)
+LINK = Link(2.0, LOOPBACK_MBIT_PER_S)
+"""What a hop takes here, one way, while more processes want the cores than there are;"""
+POLICY = Policy(silent_s=1.5, sustained_s=5.0, interval_s=15.0, slow_factor=2.5, least_link_ms=25.0)
+"""Quicker than in use, so that a run ends; and deaf to links, which are not what is broken here."""
 RETRY_S = 0.25
 DEADLINE_S = 60.0
-UNDER = 3
+UNDER = 5
 """So many answers in a row under the SLO, and it is met again."""
 _AT_ONCE = 128
 _FACTORS = (4.0, 5.0, 6.0, 7.0)
@@ -98,14 +101,25 @@ class Run:
 
         Only requests sent after the decision count: before it nothing was put right.
         """
-        decided_s = self.decided_s
-        if decided_s is None:
+        if self.decided_s is None:
             return None
-        later = sorted((a for a in self.answers if a.sent_s >= self.fault_s + decided_s), key=lambda a: a.sent_s)
+        later = self._sent_from(self.fault_s + self.decided_s)
         for first, *rest in (later[n : n + UNDER] for n in range(len(later) - UNDER + 1)):
-            if all(a.answered and a.latency_ms <= self.slo_ms for a in (first, *rest)):
+            if all(self._is_under(a) for a in (first, *rest)):
                 return first.done_s - self.fault_s
         return None
+
+    @property
+    def over_again(self) -> int:
+        """Requests over the SLO that were sent after it was met again."""
+        since_s = self.recovered_s
+        return 0 if since_s is None else sum(not self._is_under(a) for a in self._sent_from(self.fault_s + since_s))
+
+    def _sent_from(self, since_s: float) -> list[Answered]:
+        return sorted((a for a in self.answers if a.sent_s >= since_s), key=lambda a: a.sent_s)
+
+    def _is_under(self, answer: Answered) -> bool:
+        return answer.answered and answer.latency_ms <= self.slo_ms
 
 
 def check(name: str) -> str:
@@ -126,10 +140,8 @@ def measure(start: StartPlaced, trial: Trial, report: Callable[[float, float, st
         if decision.action is Action.MOVE:
             moves.append(Move(time.monotonic(), decision))
 
-    slo_ms = 0.0
     environment = {"MODEL_PATH": str(trial.tier.absolute()), "THREADS": "1", "PREFIX_CACHE_MB": "0"}
-    policy = Policy(silent_s=1.5, sustained_s=5.0, interval_s=15.0, load_mib_per_s=1000.0)
-    with start(Placing(given, policy, slowdown, environment, told)) as placed:
+    with start(Placing(given, POLICY, slowdown, environment, told)) as placed:
         before = placed.plan
         slo_ms = trial.slo_factor * before.prediction.request_ms
         victim = before.stages[-1].nodes[0]
@@ -234,6 +246,7 @@ def as_dict(run: Run) -> dict[str, Any]:
         "reason": move.reason.value if move else None,
         "decided_s": run.decided_s,
         "recovered_s": run.recovered_s,
+        "over_again": run.over_again,
         "moves": len(run.moves),
         "plan_before": _cut(run.before),
         "plan_after": _cut(run.after),

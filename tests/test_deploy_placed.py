@@ -163,5 +163,3 @@ def test_how_slow_nodes_are_is_read_strictly():
     for text in ("c=3", "a=0.5", "a=x", "a", "a=-2"):
         with pytest.raises(StackError, match="is not a node and a factor"):
             factors([text], ["a", "b"])
-
-

@@ -197,7 +197,13 @@ def test_pods_say_where_shards_run():
     class Api:
         def list_namespaced_pod(self, namespace, **rest):
             asked.append((namespace, rest["label_selector"]))
-            items = [pod("a", "10.0.0.1"), pod("b", "fd00::1"), pod("c", None), pod("", None), pod("d", "1.1.1.1", leaves=True)]
+            items = [
+                pod("a", "10.0.0.1"),
+                pod("b", "fd00::1"),
+                pod("c", None),
+                pod("", None),
+                pod("d", "1.1.1.1", leaves=True),
+            ]
             return SimpleNamespace(items=items)
 
     found = KubernetesShards(Api(), "fn", Options(shards=2).names).shards()

@@ -46,7 +46,7 @@ class Rebalance:
     policy: Policy = field(default_factory=Policy)
     slowdown: Mapping[str, float] = field(default_factory=dict)
     interval_s: float = 1.0
-    window_s: float = 10.0
+    window_s: float = 5.0
     metrics_port: int = 0
     dry_run: bool = False
     ready_s: float = 120.0
