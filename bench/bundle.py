@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from scaler.placement.rebalance import Decision, Policy
-from scaler.placement.values import Plan, Problem
+if TYPE_CHECKING:  # `--help` loads no numpy
+    from scaler.placement.rebalance import Decision, Policy
+    from scaler.placement.values import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ import pytest
 from kubernetes import client
 from prometheus_client import CollectorRegistry
 
+from models.build.assemble import build
+from models.build.gguf_source import GgufSource
+from models.runtime.tier import Chat, Limits
 from scaler.errors import SourceError
 from scaler.placement.controller import Controller
 from scaler.placement.pages import PrometheusPages, ShardPages, trigger
@@ -18,6 +21,8 @@ from scaler.placement.server import KubernetesShards, Loop, Options
 from scaler.placement.values import Goal, Layer, Link, Model, Node, Problem, Workload
 from scaler.placement.watch import Placed, Watch
 from scaler.signals.series import Series, Window
+from scaler.signals.source import SHARD
+from tests.tiny_models import SHAPE, quiet, write_gguf
 
 MIB = 2**20
 LAYERS = 12
@@ -288,3 +293,45 @@ def test_the_loop_ends_when_it_is_told_to():
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_every_series_that_is_looked_at_is_one_that_shards_show(tmp_path):
+    """A renamed series would silently read as nothing."""
+    from functions.edge.shard_app import Next, _stage_metrics
+    from tests.shard_rigs import linked
+
+    path = tmp_path / "tier"
+    build(GgufSource(write_gguf(tmp_path / "tiny.gguf")), path, "int4", None, quiet)
+    with linked(path, [0, 1, SHAPE.n_layers]) as rig:
+        list(rig.tier.generate(Chat(({"role": "user", "content": "the"},)), Limits(max_tokens=8)))
+        served = rig.shards[1, 0]
+        labels = {"node_id": "a"}
+        families = [
+            *_stage_metrics(served.service, served.service._stage, labels),
+            *Next(None, rig.replicas).metrics(labels),
+        ]
+    shown = {s.name: s.value for family in families for s in family.samples}
+    assert set(SHARD) <= set(shown)
+    steps = shown["edgecascade_shard_steps_total"]
+    assert steps == shown["edgecascade_link_steps_total"] > 0
+    assert shown["edgecascade_link_seconds_total"] > shown["edgecascade_shard_step_seconds_total"] > 0
+    assert shown["edgecascade_pass_seconds_total"] > 0
+
+
+def test_without_a_cluster_the_command_says_so(monkeypatch, tmp_path, capsys):
+    import sys
+
+    import edgecascade
+
+    path, nodes = tmp_path / "tier", tmp_path / "nodes.yaml"
+    build(GgufSource(write_gguf(tmp_path / "tiny.gguf")), path, "int4", None, quiet)
+    nodes.write_text("nodes: [{name: a, memory_mib: 100, decode_ms: 1, prefill_ms: 1}]")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["edgecascade", "rebalance", str(nodes), "--model", str(path), "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        edgecascade.main()
+    assert ended.value.code == 1
+    assert "neither a service account nor a kubeconfig" in capsys.readouterr().err

@@ -22,9 +22,9 @@ from tests.fakes import wait_until
 from tests.tiny_models import SHAPE, quiet, write_gguf
 
 POLICY = Policy(silent_s=1.0, slow_factor=4.0, interval_s=5.0, least_link_ms=1e6, least_gain=0.3)
-# Far slower than a tiny tier is here, so that what else this machine does is not taken for a slow node; throttled, it is
-# slower than that by far.
-NODE_MS, THROTTLED = 5.0, 2000.0
+# Far slower than a tiny tier is here, so that what else this machine does is not taken for a slow node; a throttled one
+# is slower than that by far.
+NODE_MS, THROTTLED = 2.0, 400.0
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_node_in_trouble_is_left_and_no_request_is_lost(path: Path, fault: str
     moved = threading.Event()
     with placed(path, told, moved) as running:
         victim = running.plan.stages[-1].nodes[0]
-        load = Load(lambda: ask(running.url, 16), rate=3.0)
+        load = Load(lambda: ask(running.url, 16), rate=1.0)
         with load:
             wait_for_answers(running.url, 3)
             running.kill(victim) if fault == "kill" else running.throttle(victim, THROTTLED)
@@ -76,7 +76,8 @@ def test_a_node_in_trouble_is_left_and_no_request_is_lost(path: Path, fault: str
         assert [layer for s in running.plan.stages for layer in range(s.first, s.stop)] == list(range(SHAPE.n_layers))
     assert all(answer.answered for answer in load.answers)
     if fault == "throttle":
-        assert sum(answer.failures for answer in load.answers) == 0, "the second chain was ready before the first went"
+        errors = [error for answer in load.answers for error in answer.errors]
+        assert errors == [], "the second chain was ready before the first went"
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_with_two_nodes_for_each_range_a_killed_one_fails_no_request(path: Path)
     moved = threading.Event()
     with placed(path, told, moved, replicas=2) as running:
         victim = running.plan.stages[-1].nodes[0]
-        load = Load(lambda: ask(running.url, 16), rate=3.0)
+        load = Load(lambda: ask(running.url, 16), rate=1.0)
         with load:
             wait_for_answers(running.url, 3)
             running.kill(victim)
