@@ -6,6 +6,7 @@ states in turns. Times are medians.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from models.artifact.store import Artifact
 from models.errors import ArtifactError
 from models.runtime.engine import chunks
 from models.runtime.layers import LONG, Floats
-from models.runtime.links import Want
+from models.runtime.links import Opening, Want
 from models.runtime.sessions import EngineOptions
 from models.runtime.stage import Stage, StageSession
 from scaler.placement import read
@@ -146,7 +147,7 @@ def stopwatch(path: Path, plan: Plan) -> Iterator[Callable[[], Times]]:
     states = np.random.default_rng(1).standard_normal((room, m.architecture.width), np.float32)
 
     def measure() -> Times:
-        with lane.session(0.0) as session:
+        with lane.session(Opening(PLAIN, math.inf)) as session:
             return _times(session, plan, m, states, long=lane.layers.has_long)
 
     yield measure

@@ -297,7 +297,7 @@ def test_the_loop_ends_when_it_is_told_to():
 
 def test_every_series_that_is_looked_at_is_one_that_shards_show(tmp_path):
     """A renamed series would silently read as nothing."""
-    from functions.edge.shard_app import Next, _stage_metrics
+    from functions.edge.shard_app import Next, held_metrics, pass_metrics
     from tests.shard_rigs import linked
 
     path = tmp_path / "tier"
@@ -305,11 +305,9 @@ def test_every_series_that_is_looked_at_is_one_that_shards_show(tmp_path):
     with linked(path, [0, 1, SHAPE.n_layers]) as rig:
         list(rig.tier.generate(Chat(({"role": "user", "content": "the"},)), Limits(max_tokens=8)))
         served = rig.shards[1, 0]
-        labels = {"node_id": "a"}
-        families = [
-            *_stage_metrics(served.service, served.service._stage, labels),
-            *Next(None, rig.replicas).metrics(labels),
-        ]
+        stage, labels = served.service._stage, {"node_id": "a"}
+        families = [*held_metrics(served.service, stage.held_bytes, labels), *pass_metrics(stage, labels)]
+        families += Next(None, rig.replicas).metrics(labels)
     shown = {s.name: s.value for family in families for s in family.samples}
     assert set(SHARD) <= set(shown)
     steps = shown["edgecascade_shard_steps_total"]

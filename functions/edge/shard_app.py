@@ -229,6 +229,7 @@ def create_shard(config: TierConfig, shard: ShardConfig) -> Flask:
         site.metrics.expect(manifest.model_version)
         site.metrics.add(lambda labels: held_metrics(service, stage.held_bytes, labels))
         site.metrics.add(lambda labels: prefix_metrics(stage, labels))
+        site.metrics.add(lambda labels: pass_metrics(stage, labels))
         if further is not None:
             site.metrics.add(further.metrics)
         server.start()
@@ -263,9 +264,7 @@ def prefix_metrics(stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
         ("prefix_reused_tokens", "Prompt tokens found in it, which were not read again.", prefix.reused_tokens),
         ("prefix_evicted_blocks", "Blocks thrown out of it.", prefix.evicted_blocks),
     ):
-        counter = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
-        counter.add_metric(list(labels.values()), value)
-        yield counter
+        yield _counter(name, text, value, labels)
     held = GaugeMetricFamily("edgecascade_prefix_held_bytes", "Held by the prefix cache.", labels=list(labels))
     held.add_metric(list(labels.values()), prefix.held_bytes)
     yield held
@@ -280,6 +279,10 @@ def held_metrics(service: SessionService, held_bytes: int, labels: dict[str, str
         family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
         yield family
+
+
+def pass_metrics(stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
+    """What single tokens take here, for Prometheus and for who places layers."""
     passes, steps = stage.passes, stage.steps.spent
     yield _counter("passes", "Forward passes of single tokens.", passes.shared_runs, labels)
     yield _counter("pass_tokens", "Tokens in them; more where answers share.", passes.shared_turns, labels)
