@@ -1,7 +1,7 @@
 """`edgecascade profile-node`: what this machine is to `edgecascade plan`, measured with the engine that shards run.
 
-All layers are one stage, opened as a shard opens its own. The head is told from the layers by asking for tokens and for
-states in turns. Times are medians.
+Stages are opened as a shard opens its own. The head, which a graph that has it always runs, is told from the layers by
+a stage of all of them and one that lacks the last, in turns. Times are medians.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from bench.memory import ReadTest
-from models.artifact.manifest import FUSED, Manifest
+from models.artifact.manifest import FUSED
 from models.artifact.names import PLAIN
 from models.artifact.sizes import sizes
 from models.artifact.store import Artifact
@@ -136,34 +136,34 @@ def model(path: Path) -> Model:
 def stopwatch(path: Path, plan: Plan) -> Iterator[Callable[[], Times]]:
     """Open a tier's layers, and lend what takes their times once; raises `ArtifactError` where it is none of ours."""
     m = Artifact.open(path).manifest
-    if m.graph != FUSED or not m.lm_head:
+    if m.graph != FUSED or not m.lm_head or m.architecture.n_layers < 2:  # noqa: PLR2004
         raise ArtifactError(f"{path} cannot be cut into layers: name a tier that writes text by our own graph")
     plan = plan.within(m.architecture.context)
     room = plan.prompt_tokens + plan.tokens + 1
     options = EngineOptions(
         plan.threads, spin=False, rests=True, context=room, sequences=1, slowdown_file=plan.slowdown_file
     )
-    lane = Stage.open(path, range(m.architecture.n_layers), options).lanes[PLAIN]
+    n_layers = m.architecture.n_layers
+    whole, part = (Stage.open(path, range(n), options).lanes[PLAIN] for n in (n_layers, n_layers - 1))
     states = np.random.default_rng(1).standard_normal((room, m.architecture.width), np.float32)
 
     def measure() -> Times:
-        with lane.session(Opening(PLAIN, math.inf)) as session:
-            return _times(session, plan, m, states, long=lane.layers.has_long)
+        opening = Opening(PLAIN, math.inf)
+        with whole.session(opening) as all_layers, part.session(opening) as but_one:
+            return _times(all_layers, but_one, plan, n_layers, states, long=whole.layers.has_long)
 
     yield measure
 
 
-def _times(session: StageSession, plan: Plan, manifest: Manifest, states: Floats, *, long: bool) -> Times:
-    """Read a prompt, then single tokens, in turns with the head and without it."""
+def _times(whole: StageSession, part: StageSession, plan: Plan, n_layers: int, states: Floats, *, long: bool) -> Times:
+    """Both read a prompt, then single tokens in turns."""
     prompt, rest = states[: plan.prompt_tokens], states[plan.prompt_tokens :][: plan.tokens]
-    prompt_ms = _ms(partial(_read_prompt, session, prompt, long=long))
-    taken: dict[Want, list[float]] = {Want.TOKEN: [], Want.STATES: []}
-    for number, state in enumerate(rest):
-        want = Want.TOKEN if number % 2 else Want.STATES
-        taken[want].append(_ms(partial(session.read, state[None], want)))
-    n_layers, layers_ms = manifest.architecture.n_layers, median(taken[Want.STATES])
-    head_ms = max(0.0, median(taken[Want.TOKEN]) - layers_ms)
-    return Times(layers_ms / n_layers, max(prompt_ms - head_ms, 0.0) / (n_layers * len(prompt)), head_ms)
+    prompt_ms, _ = (_ms(partial(_read_prompt, stage, prompt, long=long)) for stage in (whole, part))
+    steps = [[_ms(partial(stage.read, state[None], Want.TOKEN)) for stage in (whole, part)] for state in rest]
+    token_ms, but_one_ms = (median(column) for column in zip(*steps, strict=True))
+    decode_ms = but_one_ms / (n_layers - 1)
+    head_ms = max(0.0, token_ms - n_layers * decode_ms)
+    return Times(decode_ms, max(prompt_ms - head_ms, 0.0) / (n_layers * len(prompt)), head_ms)
 
 
 def _read_prompt(session: StageSession, states: Floats, *, long: bool) -> None:

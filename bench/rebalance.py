@@ -26,7 +26,7 @@ from scaler.placement.values import Link, Plan, Problem, Workload
 FAULTS = ("throttle", "kill")
 QUESTION = "Tell me a long story about the sea, a lighthouse and an old man."
 PROMPT_TOKENS = 46
-LINK = Link(2.0, LOOPBACK_MBIT_PER_S)
+LINK = Link(1.0, LOOPBACK_MBIT_PER_S)
 """What a hop takes here, one way, while more processes want the cores than there are;"""
 POLICY = Policy(silent_s=1.5, sustained_s=5.0, interval_s=15.0, slow_factor=2.5, least_link_ms=25.0)
 """Quicker than in use, so that a run ends; and deaf to links, which are not what is broken here."""

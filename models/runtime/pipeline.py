@@ -73,7 +73,8 @@ class Replicas:
         self._turn = 0
         self.stats = ReplicaStats()
         self.waits = Tally()
-        """From a single token's states handed on to the token that came back, all that lies beyond included."""
+        """From a single token's states handed on to the token that came back, all that lies beyond included; but for
+        each session's first one, which waits for the prompt."""
 
     @property
     def name(self) -> str:
@@ -123,7 +124,7 @@ class ReplayedSession:
         self._link: Link | None = None
         self._session: LinkSession | None = None
         self._reason, self._stays = "there is none", False
-        self._sent_s = math.inf
+        self._sent_s, self._prompt_read = math.inf, False
 
     def begin(self, prefix: Sequence[bytes], made: Floats) -> None:
         """Say which blocks the prompt begins with, and what the layers here made (n, C) of those held: call it first.
@@ -136,7 +137,7 @@ class ReplayedSession:
     def send(self, piece: Piece) -> None:
         """Hand on a piece; raises `ShardsLostError`."""
         self._sent.append(piece)
-        self._sent_s = time.perf_counter() if is_step(piece) else math.inf
+        self._sent_s = time.perf_counter() if self._prompt_read and is_step(piece) else math.inf
         if self._session is None:
             self._connect()
             return
@@ -153,6 +154,7 @@ class ReplayedSession:
         self._doubted.clear()
         if not math.isinf(self._sent_s):
             self._replicas.waits.add(time.perf_counter() - self._sent_s)
+        self._prompt_read = True
         self._tried.clear()
         if session.leaving and not self._stays:
             self._move()
@@ -176,7 +178,7 @@ class ReplayedSession:
             self._replicas.count(resumed=1)
 
     def _lost(self, error: LinkLostError) -> None:
-        self._sent_s = math.inf  # what a loss takes is no measure of the link
+        self._sent_s, self._prompt_read = math.inf, False  # what a loss takes is no measure of the link
         if self._link is not None:
             self._replicas.failed(self._link)
             (self._tried if self._link.name in self._doubted else self._doubted).add(self._link.name)
@@ -220,7 +222,7 @@ class ReplayedSession:
             with suppress(LinkLostError):
                 fresh = self._opened(link)
                 self.close()
-                self._link, self._session = link, fresh
+                self._link, self._session, self._prompt_read = link, fresh, False
                 self._replicas.count(moved=1)
                 return
         self._stays = True
@@ -245,19 +247,20 @@ def is_step(piece: Piece) -> bool:
 class Relay:
     """One session at a shard: its layers read each piece, and the next shard, if there is one, what they make of it.
 
-    `steps` counts how long steps of decoding take here and beyond.
+    `steps` counts how long steps of decoding take here and beyond, but for the first one.
     """
 
     def __init__(self, here: StageSession, beyond: LinkSession | None, steps: Tally) -> None:
         self._here, self._beyond, self._steps = here, beyond, steps
-        self.held_tokens = here.length
+        self.held_tokens, self._answered = here.length, False
 
     def take(self, piece: Piece) -> Answer | None:
         """Read a piece; returns the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
         began = time.perf_counter()
         answer = self._taken(piece)
-        if is_step(piece):
+        if self._answered and is_step(piece):
             self._steps.add(time.perf_counter() - began)
+        self._answered = self._answered or piece.answered
         return answer
 
     def _taken(self, piece: Piece) -> Answer | None:
