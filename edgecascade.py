@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,14 +29,16 @@ from models.errors import ModelError
 from scaler.errors import ScalerError
 
 if TYPE_CHECKING:
-    from bench.bundle import Running, Scaling, Variant
+    from bench.bundle import Placed, Placing, Running, Scaling, Variant
     from bench.demo import Material
     from bench.queries import Query
     from deploy.local.bundle import Settings
+    from deploy.local.rebalance import Rebalance, Rebalanced
     from deploy.local.rolling import Rolling
     from deploy.stack import Stack
     from functions.serving.keys import Keys
     from models.artifact.store import Artifact
+    from scaler.placement.values import Plan, Problem
 
 ROOT = Path(__file__).parent
 DEFAULT_PORT = 8080
@@ -71,7 +74,7 @@ Data = Annotated[Path, typer.Option(help="The folder with clinc150/, snips/ and 
 def main() -> None:
     """Run a command; a fault of ours is one sentence on stderr and status 1."""
     try:
-        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled, _site, _whole))
+        app(obj=Rooms(_smollm2, _home, _variants, _shared, _autoscaled, _site, _whole, _placed))
     except (BenchError, ConfigError, DeployError, ModelError, ScalerError, SecretError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -103,6 +106,12 @@ def up(
     shards: Annotated[str, typer.Option(help="Cut a function's layers over processes: edge=2, or edge=0-7,8-29.")] = "",
     tensor: Annotated[str, typer.Option(help="Split a function's heads and columns over processes: edge=2.")] = "",
     exit_threshold: ExitThreshold = "",
+    rebalance: Annotated[
+        Path | None, typer.Option(help="A nodes file: cut the edge over them by plan, anew when one slows or dies.")
+    ] = None,
+    slowdown: Annotated[
+        list[str] | None, typer.Option(help="With --rebalance: NODE=3 is so many times slower; may be given again.")
+    ] = None,
 ) -> None:
     """Run the bundle of stack.yml on this machine until Ctrl-C.
 
@@ -112,8 +121,9 @@ def up(
               edgecascade up --autoscale edge --min-replicas 0 --slo-seconds 1.5
               edgecascade up --shards edge=2
               edgecascade up --tensor edge=2
+              edgecascade up --rebalance nodes.yaml --slowdown till=3
     """
-    from deploy.local.up import serve, serve_autoscaled
+    from deploy.local.up import serve, serve_autoscaled, serve_rebalanced
 
     if functions and not autoscale:
         _fail("functions are named only to scale them: edgecascade up --autoscale edge; --only starts some alone")
@@ -126,6 +136,12 @@ def up(
         stack = _cut(stack, shards)
     if tensor:
         stack = _split(stack, tensor)
+    if rebalance and (shards or tensor or autoscale):
+        _fail("--rebalance cuts the edge tier by its own plan; leave --shards, --tensor and --autoscale out")
+    if rebalance:
+        settings = _settings(port, secrets)
+        serve_rebalanced(stack, settings, _rebalance(stack, settings, rebalance, slowdown or [], slo_seconds))
+        return
     if not autoscale:
         serve(stack, _settings(port, secrets))
         return
@@ -380,17 +396,46 @@ def plan(
     Examples: edgecascade plan nodes.yaml --model var/edge
               edgecascade plan nodes.yaml jetson.yaml --model var/edge --goal throughput --plot plan.png
     """
-    from models.artifact.sizes import sizes
-    from models.artifact.store import Artifact
     from scaler.placement import read, report
     from scaler.placement.plan import place
 
-    found = Artifact.open(model).manifest
-    problem = read.problem(nodes, sizes(found), f"{found.model_id} {found.quantisation}")
+    problem = _problem(nodes, model)
     best = place(problem, read.goal(goal))
     print(json.dumps(report.as_dict(problem, best)) if as_json else report.text(problem, best))
     if plot:
         report.draw(problem, best, plot)
+
+
+@app.command()
+def rebalance(
+    nodes: Annotated[list[Path], typer.Argument(help="Nodes files; nodes are named as Kubernetes names them.")],
+    model: Annotated[Path, typer.Option(help="The tier's artifact; its manifest.json will do.")],
+    goal: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    function: Annotated[str, typer.Option(help="The first shard; the others are FUNCTION-shard-1 and so on.")] = "edge",
+    shards: Annotated[int, typer.Option(min=2, max=100, help="How many shards are deployed.")] = 2,
+    namespace: Annotated[str, typer.Option(help="Where they are.")] = "openfaas-fn",
+    prometheus: Annotated[str, typer.Option(help="Read metrics there, http://host:port, not from the shards.")] = "",
+    slo_ms: Annotated[float, typer.Option(min=1, help="Plan anew when the 95th percentile stays above.")] = 2000.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds from look to look.")] = 2.0,
+    moves_per_hour: Annotated[int, typer.Option(min=1, help="At most so many moves an hour.")] = 6,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Where decisions are counted.")] = 6002,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide, log and count; apply nothing.")] = False,
+) -> None:
+    """Keep a tier's shards in Kubernetes where the best plan has them, and plan anew when nodes or links change.
+
+    Examples: edgecascade rebalance nodes.yaml --model var/edge --shards 3 --dry-run
+              edgecascade rebalance nodes.yaml --model var/edge --prometheus http://prometheus.openfaas:9090
+    """
+    from scaler.placement import read
+    from scaler.placement.rebalance import Policy
+    from scaler.placement.server import Options, serve
+
+    policy = Policy(slo_ms=slo_ms, moves_per_hour=moves_per_hour)
+    window_s = max(20.0, 10 * interval)
+    options = Options(
+        function, namespace, shards, prometheus, interval, window_s=window_s, metrics_port=metrics_port, dry_run=dry_run
+    )
+    serve(_problem(nodes, model), read.goal(goal), policy, options)
 
 
 @app.command("profile-node")
@@ -702,10 +747,33 @@ def _split(stack: Stack, wish: str) -> Stack:
     return ranked(stack, name, free_ports(count - 1))
 
 
+def _rebalance(stack: Stack, settings: Settings, nodes: Path, slowdown: list[str], slo_s: float) -> Rebalance:
+    """What `up --rebalance` runs: the edge tier over some nodes."""
+    from deploy.local.placed import factors
+    from deploy.local.plan import here
+    from deploy.local.rebalance import Rebalance
+    from scaler.placement.rebalance import Policy
+
+    tier = Path(here(stack.only(("edge",)).functions["edge"].environment["MODEL_PATH"], settings.site))
+    problem = _problem([nodes], tier)
+    policy = Policy(slo_ms=1e3 * slo_s)
+    return Rebalance(problem, policy=policy, slowdown=factors(slowdown, [n.name for n in problem.nodes]))
+
+
 def _settings(port: int, secrets: Path | None = None) -> Settings:
     from deploy.local.bundle import Settings, site
 
     return Settings(site(ROOT, os.environ, secrets), port)
+
+
+def _problem(nodes: list[Path], model: Path) -> Problem:
+    """Nodes files and a tier, as placement has them."""
+    from models.artifact.sizes import sizes
+    from models.artifact.store import Artifact
+    from scaler.placement import read
+
+    found = Artifact.open(model).manifest
+    return read.problem(nodes, sizes(found), f"{found.model_id} {found.quantisation}")
 
 
 @contextmanager
@@ -769,6 +837,38 @@ def _whole() -> Iterator[Rolling]:
 
 def _exit_variables(threshold: str) -> dict[str, str]:
     return {"EDGE_EXIT_THRESHOLD": threshold} if threshold else {}
+
+
+@contextmanager
+def _placed(placing: Placing) -> Iterator[Placed]:
+    """The edge tier under the rebalancer, for the while; logs are shown only if it does not start."""
+    from deploy.local.rebalance import Rebalance, rebalanced
+
+    edge = "edge"
+    stack = _stack((edge,)).varied({edge: (edge, placing.environment)})
+    options = Rebalance(placing.problem, edge, policy=placing.policy, slowdown=placing.slowdown)
+    with rebalanced(stack, _settings(0), options, lambda _name, _line: None, placing.told) as (bundle, running):
+        yield _PlacedHere(f"{bundle.url}/function/{edge}", running)
+        if running.failure is not None:
+            raise running.failure
+
+
+@dataclass(frozen=True)
+class _PlacedHere:
+    """What the benches see of the rebalancer."""
+
+    url: str
+    running: Rebalanced
+
+    @property
+    def plan(self) -> Plan:
+        return self.running.controller.state.plan
+
+    def throttle(self, node: str, factor: float) -> None:
+        self.running.throttle(node, factor)
+
+    def kill(self, node: str) -> int:
+        return self.running.chain.kill(node)
 
 
 @contextmanager

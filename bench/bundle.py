@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # `--help` loads no numpy
+    from scaler.placement.rebalance import Decision, Policy
+    from scaler.placement.values import Plan, Problem
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,39 @@ class Restarts(Protocol):
 
 StartWhole = Callable[[], AbstractContextManager[Restarts]]
 """Runs all of stack.yml."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """A tier to cut over nodes by a plan: what the plan is for, when it is made anew, how slow nodes are.
+
+    `environment` is what each shard is told besides; `told` hears of each decision.
+    """
+
+    problem: Problem
+    policy: Policy
+    slowdown: Mapping[str, float]
+    environment: Mapping[str, str]
+    told: Callable[[Decision], None]
+
+
+class Placed(Protocol):
+    """A tier at work where a plan has it, under the rebalancer."""
+
+    @property
+    def url(self) -> str:
+        """The tier's address, whoever answers there."""
+
+    @property
+    def plan(self) -> Plan:
+        """The one in force."""
+
+    def throttle(self, node: str, factor: float) -> None:
+        """Make a node so many times slower than this machine."""
+
+    def kill(self, node: str) -> int:
+        """End a node's processes without a word; how many there were."""
+
+
+StartPlaced = Callable[[Placing], AbstractContextManager[Placed]]
+"""Runs a tier under the rebalancer, and nothing else."""

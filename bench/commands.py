@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from bench.bundle import Autoscaled, Start, StartSite, StartWhole
+from bench.bundle import Autoscaled, Start, StartPlaced, StartSite, StartWhole
 from bench.queries import Query
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for a pipe.")]
@@ -33,7 +33,7 @@ class Rooms:
 
     `smollm2` is the model's file, fetched if need be; `home` where things are built; `start` runs a bundle;
     `published` reads a split of the published sets for some skills; `autoscaled` runs a bundle that scales; `site` runs
-    one site, `whole` all of stack.yml.
+    one site, `whole` all of stack.yml; `placed` runs the edge tier under the rebalancer.
     """
 
     smollm2: Callable[[Callable[[float, float, str], None]], Path]
@@ -43,6 +43,7 @@ class Rooms:
     autoscaled: Autoscaled
     site: StartSite
     whole: StartWhole
+    placed: StartPlaced
 
 
 @app.command("faults")
@@ -398,6 +399,72 @@ def placement(
     from bench.placement import measure, report
 
     report(measure(nodes, layers, range(fleets)), nodes, layers, as_json=as_json)
+
+
+@app.command("placed")
+def placed(
+    context: typer.Context,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    factors: Annotated[str, typer.Option(help="How much slower nodes are than each other, the head first.")] = "1,3,9",
+    scale: Annotated[float, typer.Option(min=1, help="How much slower than here the fastest is.")] = 4.0,
+    room: Annotated[int, typer.Option(min=1, help="Layers that fit into a node's memory.")] = 14,
+    rounds: Annotated[int, typer.Option(min=1, help="Each measures the nodes and asks both cuts.")] = 9,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens an answer.")] = 48,
+    as_json: Json = False,
+) -> None:
+    """Run slowed shards in the planned cut and in the even one: which is faster, and was it predicted? Ends in JSON.
+
+    Examples: edgecascade bench placed --rounds 15
+              edgecascade bench placed --factors 1,2,2 --room 12
+    """
+    from bench.load import rates
+    from bench.placed import Effects, figures, measure, report
+    from bench.progress import bar
+
+    rooms: Rooms = context.obj
+    what = Effects(tier or rooms.home() / "edge", rates(factors), scale, room, rounds, tokens)
+    with bar("measuring") as progress:
+        found = figures(measure(rooms.start, what, progress))
+    report(found, as_json=as_json)
+
+
+@app.command("rebalance")
+def rebalance(
+    context: typer.Context,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="throttle or kill; may be given again. Both by default.")
+    ] = None,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    rate: Annotated[float, typer.Option(min=0.05, help="Requests a second.")] = 0.5,
+    before: Annotated[float, typer.Option(min=1, help="Seconds of load before the fault.")] = 20.0,
+    after: Annotated[float, typer.Option(min=5, help="Seconds of load after it.")] = 90.0,
+    replicas: Annotated[int, typer.Option(min=1, max=2, help="Nodes that run each range.")] = 1,
+    slowdown: Annotated[float, typer.Option(min=1, help="By how much a throttled node gets slower.")] = 8.0,
+    slo_factor: Annotated[float, typer.Option(min=1.1, help="The SLO, as a multiple of what the plan predicts.")] = 2.0,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens an answer.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Write each request's latency to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Throttle, or kill, a node under load: a new plan, and back under the SLO, without a lost request? Ends in JSON.
+
+    Examples: edgecascade bench rebalance --plot rebalance.png
+              edgecascade bench rebalance --fault kill --replicas 2
+    """
+    from bench.progress import bar
+    from bench.rebalance import FAULTS, Trial, as_dict, check, measure, report
+
+    rooms: Rooms = context.obj
+    folder = tier or rooms.home() / "edge"
+    runs = []
+    for name in fault or FAULTS:
+        trial = Trial(check(name), folder, rate, before, after, replicas, slowdown, slo_factor, tokens)
+        with bar(name) as progress:
+            runs.append(measure(rooms.placed, trial, progress))
+    if plot:
+        from bench.plot import rebalance as draw
+
+        draw(runs, plot)
+    report([as_dict(run) for run in runs], as_json=as_json)
 
 
 @app.command("seal")

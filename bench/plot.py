@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench import figures
 from bench.cascade import Frontier
@@ -14,6 +15,9 @@ from bench.links import Run
 from bench.load import Shot
 from bench.metrics import Point, Row
 from bench.recording import Look
+
+if TYPE_CHECKING:
+    from bench.rebalance import Run as Rebalancing  # whose engine takes long to import
 
 
 def trade_off(points: Sequence[Point], row: Row | None, oracle: Row | None, title: str, path: Path) -> None:
@@ -153,4 +157,23 @@ def autoscale(answers: Sequence[Answer], looks: Sequence[Look], slo_s: float, pa
     for axes in (replicas, load, latency):
         axes.grid(alpha=0.3)
         axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def rebalance(runs: Sequence[Rebalancing], path: Path) -> None:
+    """Each request's latency over time, a row a run: the fault, the decision, the move's end, and the SLO."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
+    for axes, run in zip(rows, runs, strict=True):
+        axes.plot([a.sent_s - run.fault_s for a in run.answers], [a.latency_ms for a in run.answers], ".")
+        axes.axhline(run.slo_ms, linestyle=":", color="grey", label="SLO")
+        axes.axvline(0.0, color="tab:red", label=run.trial.fault)
+        for move in run.moves:
+            axes.axvline(move.at_s - run.fault_s, linestyle="--", color="tab:green", label=move.decision.reason.value)
+        axes.set(ylabel="ms", yscale="log", title=f"{run.trial.fault}: {run.victim}")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right")
+    rows[-1].set(xlabel="s since the fault")
     figure.savefig(path, dpi=120)

@@ -1,14 +1,15 @@
-"""`edgecascade profile-node`: what this machine is to `edgecascade plan`, measured with the engine itself.
+"""`edgecascade profile-node`: what this machine is to `edgecascade plan`, measured with the engine that shards run.
 
-The head is told from the layers by running both the whole model and the layers alone, each through all its weights, so
-that caches help neither more than in use. Times are medians.
+Stages are opened as a shard opens its own. The head, which a graph that has it always runs, is told from the layers by
+a stage of all of them and one that lacks the last, in turns. Times are medians.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,16 @@ import yaml
 from bench.memory import ReadTest
 from models.artifact.manifest import FUSED
 from models.artifact.names import PLAIN
+from models.artifact.sizes import sizes
 from models.artifact.store import Artifact
-from models.build.graph import decoder_graph
 from models.errors import ArtifactError
-from models.runtime.engine import Decoder, Embeddings, TokenSequence
-from models.runtime.sessions import EngineOptions, Segment, segments
+from models.runtime.engine import chunks
+from models.runtime.layers import LONG, Floats
+from models.runtime.links import Opening, Want
+from models.runtime.sessions import EngineOptions
+from models.runtime.stage import Stage, StageSession
+from scaler.placement import read
+from scaler.placement.values import Model
 
 MIB = 2**20
 READ_BYTES = 256 << 20
@@ -37,16 +43,31 @@ Report = Callable[[float, float, str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure."""
+    """How much to measure; `slowdown_file` as in `EngineOptions`, where this machine stands for others."""
 
     prompt_tokens: int = 128
     tokens: int = 32
     rounds: int = 5
     threads: int = 2
+    slowdown_file: Path | None = None
 
     def within(self, context: int) -> Plan:
         """No more than a short context takes."""
         return replace(self, prompt_tokens=min(self.prompt_tokens, context // 2), tokens=min(self.tokens, context // 4))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: one layer for one token, one layer for one token of a prompt, the head for one pass."""
+
+    decode_ms: float
+    prefill_ms: float
+    head_ms: float
+
+    @classmethod
+    def median(cls, found: Sequence[Times]) -> Times:
+        """Of each its own."""
+        return cls(*(median(getattr(times, name) for times in found) for name in vars(found[0])))
 
 
 @dataclass(frozen=True)
@@ -83,28 +104,22 @@ class Profile:
 
 def profile(path: Path, plan: Plan, report: Report, name: str = "", watts: float | None = None) -> Profile:
     """Measure this machine with a tier that writes text; raises `ArtifactError` where it is none of ours."""
-    artifact = Artifact.open(path)
-    m = artifact.manifest
-    if m.graph != FUSED or not m.lm_head:
-        raise ArtifactError(f"{path} cannot be cut into layers: name a tier that writes text by our own graph")
-    plan = plan.within(m.architecture.context)
     memory_mib = int(FREE_SHARE * free_bytes() / MIB)
-    report(0, 3, "memory")
+    report(0, plan.rounds + 2, "memory")
     gb_per_s = max(ReadTest(plan.threads, READ_BYTES, huge_pages=True).gb_per_s() for _ in range(plan.rounds))
-    report(1, 3, "layers")
-    with _decoder(artifact, plan, _without_head(artifact)) as layers:
-        layers_ms, _ = _times(layers, plan, m.architecture.vocab_size, TokenSequence.hidden)
-    report(2, 3, "layers and head")
-    with _decoder(artifact, plan, segments(artifact, PLAIN)) as whole:
-        token_ms, prompt_ms = _times(whole, plan, m.architecture.vocab_size, TokenSequence.logits)
-    report(3, 3, "")
-    n_layers, head_ms = m.architecture.n_layers, max(0.0, token_ms - layers_ms)
+    report(1, plan.rounds + 2, "opening")
+    found = []
+    with stopwatch(path, plan) as measure:
+        measure()  # the first round warms up
+        for number in range(plan.rounds):
+            report(2 + number, plan.rounds + 2, "layers and head")
+            found.append(measure())
+    report(plan.rounds + 2, plan.rounds + 2, "")
+    m, times = Artifact.open(path).manifest, Times.median(found)
     return Profile(
         name=name or platform.node() or "this-node",
         memory_mib=memory_mib,
-        decode_ms=layers_ms / n_layers,
-        prefill_ms=max(prompt_ms - head_ms, 0.0) / (n_layers * plan.prompt_tokens),
-        head_ms=head_ms,
+        **vars(times),
         model=f"{m.model_id} {m.quantisation}",
         gb_per_s=gb_per_s,
         threads=plan.threads,
@@ -112,38 +127,53 @@ def profile(path: Path, plan: Plan, report: Report, name: str = "", watts: float
     )
 
 
-def _without_head(artifact: Artifact) -> Iterator[Segment]:
-    for part in segments(artifact, PLAIN):
-        span = replace(part.span, head=False)
-        kept = {name: value for name, value in part.weights.items() if not name.startswith("head.")}
-        dims = {name: value.shape for name, value in kept.items()}
-        yield Segment(span, decoder_graph(artifact.manifest.architecture, span, dims), kept)
+def model(path: Path) -> Model:
+    """A tier as placement knows it; raises `ArtifactError` for one that cannot be cut."""
+    return read.model(sizes(Artifact.open(path).manifest))
 
 
 @contextmanager
-def _decoder(artifact: Artifact, plan: Plan, parts: Iterator[Segment]) -> Iterator[TokenSequence]:
-    shape = artifact.manifest.architecture
+def stopwatch(path: Path, plan: Plan) -> Iterator[Callable[[], Times]]:
+    """Open a tier's layers, and lend what takes their times once; raises `ArtifactError` where it is none of ours."""
+    m = Artifact.open(path).manifest
+    if m.graph != FUSED or not m.lm_head or m.architecture.n_layers < 2:  # noqa: PLR2004
+        raise ArtifactError(f"{path} cannot be cut into layers: name a tier that writes text by our own graph")
+    plan = plan.within(m.architecture.context)
     room = plan.prompt_tokens + plan.tokens + 1
-    options = EngineOptions(threads=plan.threads, context=room, sequences=1)
-    decoder = Decoder(shape, parts, Embeddings(artifact.embeddings(), None, shape.width), options)
-    with decoder.sequence() as sequence:
-        yield sequence
+    options = EngineOptions(
+        plan.threads, spin=False, rests=True, context=room, sequences=1, slowdown_file=plan.slowdown_file
+    )
+    n_layers = m.architecture.n_layers
+    whole, part = (Stage.open(path, range(n), options).lanes[PLAIN] for n in (n_layers, n_layers - 1))
+    states = np.random.default_rng(1).standard_normal((room, m.architecture.width), np.float32)
+
+    def measure() -> Times:
+        opening = Opening(PLAIN, math.inf)
+        with whole.session(opening) as all_layers, part.session(opening) as but_one:
+            return _times(all_layers, but_one, plan, n_layers, states, long=whole.layers.has_long)
+
+    yield measure
 
 
-def _times(
-    sequence: TokenSequence, plan: Plan, vocab_size: int, read: Callable[[TokenSequence, list[int]], object]
-) -> tuple[float, float]:
-    """Milliseconds of a token and of a prompt; the first round warms up."""
-    ids = np.random.default_rng(1).integers(0, vocab_size, plan.prompt_tokens + plan.tokens).tolist()
-    tokens, prompts = list[float](), list[float]()
-    for number in range(plan.rounds + 1):
-        sequence.reset()
-        prompt_ms = _ms(partial(read, sequence, ids[: plan.prompt_tokens]))
-        steps = [_ms(partial(read, sequence, [token])) for token in ids[plan.prompt_tokens :]]
-        if number:
-            prompts.append(prompt_ms)
-            tokens += steps
-    return median(tokens), median(prompts)
+def _times(whole: StageSession, part: StageSession, plan: Plan, n_layers: int, states: Floats, *, long: bool) -> Times:
+    """Both read a prompt, then single tokens in turns."""
+    prompt, rest = states[: plan.prompt_tokens], states[plan.prompt_tokens :][: plan.tokens]
+    prompt_ms, _ = (_ms(partial(_read_prompt, stage, prompt, long=long)) for stage in (whole, part))
+    steps = [[_ms(partial(stage.read, state[None], Want.TOKEN)) for stage in (whole, part)] for state in rest]
+    token_ms, but_one_ms = (median(column) for column in zip(*steps, strict=True))
+    decode_ms = but_one_ms / (n_layers - 1)
+    head_ms = max(0.0, token_ms - n_layers * decode_ms)
+    return Times(decode_ms, max(prompt_ms - head_ms, 0.0) / (n_layers * len(prompt)), head_ms)
+
+
+def _read_prompt(session: StageSession, states: Floats, *, long: bool) -> None:
+    """As the head of a pipeline has it read: where there are segments for many tokens, the last token by itself."""
+    if long and len(states) >= LONG:
+        for piece in chunks(range(len(states) - 1), None):
+            session.read(states[piece[0] : piece[-1] + 1], Want.NOTHING)
+        session.read(states[-1:], Want.TOKEN)
+    else:
+        session.read(states, Want.TOKEN)
 
 
 def _ms(work: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,10 @@ class Shard:
     part: int
     name: str
     environment: Mapping[str, str]
+
+    def slowed(self, factor: float) -> Shard:
+        """The same on a machine that is so many times slower."""
+        return replace(self, environment={**self.environment, "SLOWDOWN": f"{factor:g}"})
 
 
 def shards(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kubernetes import client, config
-from kubernetes.config.config_exception import ConfigException
+from kubernetes import client
 from urllib3.exceptions import HTTPError
 
-from scaler.errors import SettingsError, SourceError
+from scaler import kubernetes_api
+from scaler.errors import SourceError
 from scaler.replicas import Found, Replica
 
 TIMEOUT_S = 3.0
@@ -42,19 +42,8 @@ class KubernetesReplicas:
 
 
 def connect() -> KubernetesReplicas:
-    """By the pod's service account, else by the kubeconfig; raises `SettingsError` if there is neither."""
-    settings = client.Configuration()
-    try:
-        config.load_incluster_config(settings)
-    except ConfigException:
-        try:
-            config.load_kube_config(client_configuration=settings)
-        except (ConfigException, OSError) as error:
-            raise SettingsError(
-                "SCALER_REPLICAS is 'kubernetes', but there is neither a service account nor a kubeconfig here"
-            ) from error
-    settings.retries = 0
-    return KubernetesReplicas(client.CoreV1Api(client.ApiClient(settings)))
+    """As `kubernetes_api.connect`; raises `SettingsError`."""
+    return KubernetesReplicas(client.CoreV1Api(kubernetes_api.connect()))
 
 
 def _leaves(pod: Any) -> bool:

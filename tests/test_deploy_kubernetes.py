@@ -47,7 +47,7 @@ from tests.kubernetes_schemas import CUSTOM
 from tests.test_docs_readme import shell_lines
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["gpu", "k3s", "kubeedge", "microk8s", "plain", "prometheus-trigger-only", "shards"]
+NAMES = ["gpu", "k3s", "kubeedge", "microk8s", "plain", "prometheus-trigger-only", "rebalance", "shards"]
 # The oldest and the newest Kubernetes that the manifests are held against.
 VERSIONS = ("1.27", "1.33")
 ALERT_TESTS = ROOT / "tests" / "kubernetes_alerts.yml"
@@ -246,12 +246,54 @@ def test_pods_run_as_an_ordinary_user_who_may_write_nowhere_but_tmp(rendered):
 
 def test_the_scaler_looks_and_touches_nothing(rendered):
     for role in each(rendered, "Role"):
-        rules = [(rule["apiGroups"], rule["resources"], rule["verbs"]) for rule in role["rules"]]
-        assert rules == [([""], ["pods"], ["list"])]
+        if role["metadata"]["name"] != "edgecascade-rebalance":
+            assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
     assert not each(rendered, "ClusterRole")
-    for made in rendered.values():
+    for overlay, made in rendered.items():
+        asks = {"edgecascade-scaler"} | ({"edgecascade-rebalance"} if overlay == "rebalance" else set())
         for name, pod in pods(made).items():
-            assert name == "edgecascade-scaler" or pod["automountServiceAccountToken"] is False
+            assert name in asks or pod["automountServiceAccountToken"] is False
+
+
+def test_the_rebalancer_changes_the_shards_and_nothing_else(rendered):
+    made = rendered["rebalance"]
+    looks, changes = one(made, "Role", "edgecascade-rebalance")["rules"]
+    assert looks == {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}
+    shards = [name for name in pods(made) if name == "edge" or name.startswith("edge-shard-")]
+    assert sorted(changes.pop("resourceNames")) == sorted(shards)
+    assert changes == {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get", "patch"]}
+    assert [m["metadata"]["name"] for m in each(rendered, "Role")].count("edgecascade-rebalance") == 1
+
+
+def test_the_rebalancer_alone_sets_the_replicas_of_shards(rendered):
+    scaled = {m["metadata"]["name"] for m in rendered["rebalance"] if m["kind"] == "ScaledObject"}
+    assert "edge" not in scaled
+    assert "edge" in {m["metadata"]["name"] for m in rendered["shards"] if m["kind"] == "ScaledObject"}
+
+
+def test_the_rebalancer_s_command_is_one_that_there_is(rendered):
+    from typer.main import get_command
+
+    import edgecascade
+
+    (container,) = pods(rendered["rebalance"])["edgecascade-rebalance"]["containers"]
+    name, *words = container["command"][1:]
+    command = get_command(edgecascade.app).commands[name]
+    found = command.make_context(name, words, resilient_parsing=True).params
+    assert found["namespace"] == one(rendered["rebalance"], "Deployment", "edge")["metadata"]["namespace"]
+    assert found["shards"] == 2
+    assert container["ports"] == [{"name": "metrics", "containerPort": found["metrics_port"]}]
+    assert str(found["nodes"][0]).startswith(container["volumeMounts"][0]["mountPath"])
+
+
+def test_the_rebalancer_is_let_in_where_shards_let_nobody_in(rendered):
+    made = rendered["rebalance"]
+    policy = one(made, "NetworkPolicy", "edgecascade-rebalance-looks")["spec"]
+    labels = one(made, "Deployment", "edge-shard-1")["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    (rule,) = policy["ingress"]
+    wanted = rule["from"][0]["podSelector"]["matchLabels"].items()
+    assert wanted <= one(made, "Deployment", "edgecascade-rebalance")["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_no_manifest_holds_a_secret(rendered):
@@ -362,8 +404,9 @@ def test_probes_ask_routes_that_every_function_has(rendered):
             for container in pod["containers"]:
                 ports = {port["name"] for port in container["ports"]}
                 for key in ("startupProbe", "readinessProbe", "livenessProbe"):
-                    if name == "edgecascade-scaler":
-                        assert container.get(key, {"tcpSocket": {"port": "grpc"}})["tcpSocket"]["port"] in ports
+                    if name in {"edgecascade-scaler", "edgecascade-rebalance"}:
+                        asked = container.get(key, {"tcpSocket": {"port": container["ports"][0]["name"]}})
+                        assert asked["tcpSocket"]["port"] in ports
                         continue
                     asked = container[key]["httpGet"]
                     assert asked["port"] in ports

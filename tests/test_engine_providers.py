@@ -14,7 +14,7 @@ from models.build.pack import pack
 from models.runtime.engine import Decoder, Embeddings
 from models.runtime.providers import PROVIDERS, usable
 from models.runtime.sessions import EngineOptions
-from models.runtime.slowed import SlowedSession
+from models.runtime.slowed import SlowedSession, Throttle
 from tests.tiny_models import quiet, write_gguf
 
 HERE = ("OpenVINOExecutionProvider", "CPUExecutionProvider")
@@ -77,6 +77,48 @@ def test_a_slowed_session_lasts_a_multiple_of_each_pass() -> None:
     assert slowed.run_with_ort_values("a", "b") == "ab"
     assert slowed.get_providers() == ["CPU"]
     assert slept == [6.0, 15.0]
+
+
+def test_what_a_sleep_lasts_too_long_comes_off_the_next_ones() -> None:
+    class Session:
+        def run_with_iobinding(self) -> None:
+            now[0] += 1.0
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds + 0.75
+
+    now, slept = [0.0], []
+    slowed = SlowedSession(Session(), 2.0, clock=lambda: now[0], sleep=sleep)
+    for _ in range(3):
+        slowed.run_with_iobinding()
+    assert slept == [1.0, 0.25, 0.25]
+    assert now[0] == 3 * 2.0 + 0.75
+
+
+def test_what_interrupts_a_pass_is_not_slept_off_too() -> None:
+    class Session:
+        def run_with_iobinding(self) -> None:
+            wall[0] += 9.0
+            worked[0] += 2.0
+
+    wall, worked, slept = [0.0], [0.0], []
+    slowed = SlowedSession(Session(), 3.0, clock=lambda: wall[0], sleep=slept.append, work=lambda: worked[0])
+    slowed.run_with_iobinding()
+    assert slept == [4.0]
+
+
+def test_a_file_says_how_slow_a_session_is_and_may_change(tmp_path: Path) -> None:
+    file = tmp_path / "slowdown"
+    factor = Throttle(file, 2.0)
+    assert factor() == 2.0
+    for text, wanted in (("3.5", 3.5), ("", 3.5), ("many", 3.5), ("0.5", 1.0), ("12", 12.0)):
+        draft = tmp_path / "draft"
+        draft.write_text(text)
+        draft.replace(file)
+        assert factor() == wanted, text
+    file.unlink()
+    assert factor() == 12.0
 
 
 def test_a_slowed_decoder_says_the_same(tmp_path: Path) -> None:

@@ -105,10 +105,10 @@ def test_other_peoples_variables_are_let_alone(key: str) -> None:
 
 def test_a_tiers_engine_can_be_set() -> None:
     values = {"MODEL_PATH": "m", "THREADS": "4", "PREFIX_CACHE_MB": "0", "EXECUTION_PROVIDERS": "OpenVINO, CPU"}
-    values["SLOWDOWN"] = "2.5"
+    values |= {"SLOWDOWN": "2.5", "SLOWDOWN_FILE": "f"}
     config = TierConfig.from_environment(values, "edge")
     assert (config.threads, config.prefix_cache_bytes, config.providers) == (4, 0, ("OpenVINO", "CPU"))
-    assert config.slowdown == 2.5
+    assert (config.slowdown, config.slowdown_file) == (2.5, Path("f"))
 
 
 @pytest.mark.parametrize(

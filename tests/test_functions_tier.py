@@ -328,7 +328,7 @@ def test_a_malformed_calibration_stops_the_loading() -> None:
 def test_what_the_engine_counts_is_exported() -> None:
     tier = FakeTier(card("edge", provider="OpenVINO"))
     client = tier_app(tier).test_client()
-    tier.counted = TierStats(100, 64, 3, 2048, passes=10, pass_tokens=25)
+    tier.counted = TierStats(100, 64, 3, 2048, passes=10, pass_tokens=25, pass_s=0.5)
     samples = {s.name: s for f in text_string_to_metric_families(client.get("/metrics").text) for s in f.samples}
     wanted = {
         "prefix_asked_tokens_total": 100,
@@ -337,6 +337,7 @@ def test_what_the_engine_counts_is_exported() -> None:
         "prefix_held_bytes": 2048,
         "passes_total": 10,
         "pass_tokens_total": 25,
+        "pass_seconds_total": 0.5,
         "execution_provider": 1,
     }
     assert {name: samples[f"edgecascade_{name}"].value for name in wanted} == wanted

@@ -3,17 +3,15 @@
 import json
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
 import edgecascade
-from bench.placed import MIB, Site, Timing, compare
 from bench.placement import fleet, measure
 from bench.profile import Plan as Effort
-from bench.profile import Profile, profile
+from bench.profile import profile
 from models.artifact.sizes import Sizes, sizes
 from models.artifact.store import Artifact
 from models.build.assemble import build
@@ -25,7 +23,7 @@ from scaler.placement.errors import NodesFileError
 from scaler.placement.plan import place
 from scaler.placement.predict import fault
 from scaler.placement.read import goal, parse, problem
-from scaler.placement.values import Goal, Layer, Link, Model, Workload
+from scaler.placement.values import Goal, Layer, Link, Model
 from tests.tiny_models import SHAPE, quiet, random_head, random_tensors, write_gguf
 
 ROOT = Path(__file__).parents[1]
@@ -200,24 +198,3 @@ def test_the_bench_s_fleets_can_be_planned_for():
     assert all(0 <= row["gap_median"] <= row["gap_max"] for row in rows)
     drawn = fleet("links alike", 16, 12, 1)
     assert not fault(drawn, place(drawn, Goal.LATENCY).stages)
-
-
-def test_a_plan_is_held_against_throttled_shards():
-    """Shards that take exactly what they should, but for one answer that was disturbed."""
-    here = Profile("here", 1000, decode_ms=1.0, prefill_ms=0.1, head_ms=2.0, model="m", gb_per_s=1.0, threads=1)
-    started, asked = [], iter([9.0, 1.0, 5.0, 1.0] * 2)
-
-    @contextmanager
-    def run(ranges, slowdowns):
-        started.append((list(ranges), list(slowdowns)))
-        token_ms = sum(s * len(r) for r, s in zip(ranges, slowdowns, strict=True)) + 2.0 * slowdowns[-1] + 2 * 0.5
-        yield lambda: Timing(100.0, next(asked) * token_ms)
-
-    model = Model([Layer(MIB)] * 12, 0, 0, 0, 0, 0)
-    site = Site(slowdown=(1.0, 3.0), memory_mib=9, link=Link(0.5, 1000))
-    found = compare(site, here, model, Workload(context=1, sessions=1), run, answers=3)
-    assert [ranges for ranges, _ in started] == [[range(9), range(9, 12)], [range(6), range(6, 12)]]
-    assert started[0][1] == [1.0, 3.0]
-    assert found["planned"]["token_error"] == pytest.approx(0)
-    assert found["even"]["token_error"] == pytest.approx(0)
-    assert found["planned"]["predicted_token_ms"] < found["even"]["predicted_token_ms"]

@@ -16,7 +16,6 @@ from scaler.placement.apply import (
     LAYERS,
     NEXT,
     KubernetesApplier,
-    LocalApplier,
     Shard,
     assignments,
     connect,
@@ -246,29 +245,6 @@ def test_shards_are_told_their_layers_and_those_left_over_stop():
     ]
     with pytest.raises(ApplyError, match="2 ranges of layers and the bundle 1 shards; add 1 to"):
         assignments(plan, SHARDS[:1])
-
-
-def test_the_local_runner_starts_what_changed_and_stops_what_is_over():
-    told = []
-    applier = LocalApplier(
-        SHARDS[:2], lambda *started: told.append(started), lambda *stopped: told.append(("stop", *stopped))
-    )
-    state = two_and_a_spare()
-    assert applier.drifted(state.plan)
-    applier.apply(state.plan)
-    assert not applier.drifted(state.plan)
-    (a, first), (b, second) = ((s.nodes[0], s.layers) for s in state.plan.stages)
-    assert told == [
-        ("s1", b, {LAYERS: second, NEXT: ""}),
-        ("s0", a, {LAYERS: first, NEXT: "s1-links:5051"}),
-    ]
-    told.clear()
-    applier.apply(state.plan)
-    assert told == []
-    moved, _ = decide(state, seen(silent_s={a: 3.0}), POLICY)
-    applier.apply(moved.plan)
-    assert ("stop", "s0", a) in told
-    assert not applier.drifted(moved.plan)
 
 
 class ApiServer(BaseHTTPRequestHandler):

@@ -19,6 +19,7 @@ TREE = Path(__file__).parent
 OVERLAYS = "overlays"
 CUTS = ("0-14", "15-29")
 """The shipped edge tier's 30 layers, in two."""
+REBALANCE = f"{OVERLAYS}/rebalance/rebalance.yaml"
 _HEAD = "# Follows from stack.yml: `edgecascade kubernetes render --kustomize` writes it.\n"
 _OPENFAAS = Place("openfaas-fn", "http://prometheus.openfaas.svc:9090")
 _PLAIN = Place(PART_OF, "http://prometheus-operated.monitoring.svc:9090")
@@ -59,6 +60,7 @@ def derived(stack: Stack) -> dict[str, str]:
         "overlays/kubeedge/functions.yaml": _file(at_the_edge(stack)),
         "overlays/kubeedge/scaling.yaml": _file(by_scaler(at_edge, _PLAIN)),
         **_sharded(stack),
+        REBALANCE: _with_image(stack, (TREE / REBALANCE).read_text("utf-8")),
         "overlays/prometheus-trigger-only/scaling.yaml": _file(by_prometheus(scaled, _OPENFAAS)),
         "monitoring/edgecascade.rules.yml": _HEAD + dump_one(rules),
         "monitoring/rule.yaml": _file([_prometheus_rule(rules)]),
@@ -100,7 +102,7 @@ def _sharded(stack: Stack) -> dict[str, str]:
 
 
 def _with_image(stack: Stack, text: str) -> str:
-    """The scaler's manifest, written by hand, with its image beside those of the functions: registry and tag alike."""
+    """A manifest written by hand, with the scaler's image beside those of the functions: registry and tag alike."""
     image = next(iter(stack.functions.values())).image
     registry, _, rest = image.rpartition("/")
     _, _, tag = rest.partition(":")

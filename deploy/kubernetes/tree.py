@@ -1,8 +1,9 @@
 """Reads a folder of kustomizations, as far as ours go: so that rendering needs neither kubectl nor kustomize.
 
 Understood are `resources`, `components`, `namespace`, `patches` (a list is a JSON patch, RFC 6902, with add, replace,
-remove and test; a mapping is merged, lists by their items' names) and `configMapGenerator` with files. Anything else is
-refused by name rather than passed over. A test holds the outcome against `kubectl kustomize` where that is at hand.
+remove and test; a mapping is merged, lists by their items' names, or with `$patch: delete` takes its target away) and
+`configMapGenerator` with files. Anything else is refused by name rather than passed over. A test holds the outcome
+against `kubectl kustomize` where that is at hand.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class _Kustomization:
         chosen = [_matches(manifest, patch["target"]) for manifest in manifests]
         if not any(chosen):
             raise ManifestError(f"{where}: no manifest is the target {patch['target']}")
+        if isinstance(change, dict) and change.get("$patch") == "delete":
+            return [manifest for manifest, hit in zip(manifests, chosen, strict=True) if not hit]
         return [
             _changed(manifest, change, str(where)) if hit else manifest
             for manifest, hit in zip(manifests, chosen, strict=True)

@@ -11,9 +11,11 @@ from deploy.errors import StartError
 from deploy.local.bundle import Bundle, Settings
 from deploy.local.console import Console
 from deploy.stack import Stack
+from scaler.placement.rebalance import Action, Decision, Reason
 
 if TYPE_CHECKING:
     from deploy.local.autoscale import Autoscale
+    from deploy.local.rebalance import Rebalance
 
 
 def serve(stack: Stack, settings: Settings) -> None:
@@ -32,6 +34,27 @@ def serve_autoscaled(stack: Stack, settings: Settings, options: Autoscale) -> No
         _watch(bundle, stop, log)
         if running.failure is not None:
             raise StartError(f"the autoscaler ended: {running.failure!r}") from running.failure
+
+
+def serve_rebalanced(stack: Stack, settings: Settings, options: Rebalance) -> None:
+    """As `serve`, with one function in shards where a plan has them; raises what `rebalanced` raises."""
+    from deploy.local.rebalance import rebalanced  # the parser of metrics is needed only here
+
+    logs = [*stack.functions, *(f"{options.function}-{node.name}-1" for node in options.problem.nodes)]
+    stop, log = _stop_on_signals(), Console(sys.stdout, [*logs, "gateway", "rebalance", "up"])
+
+    def told(decision: Decision) -> None:
+        if decision.action is not Action.KEEP or decision.reason is not Reason.STEADY:
+            log("rebalance", f"{decision.action.value} ({decision.reason.value}): {decision.sentence}")
+
+    with rebalanced(stack, settings, options, log, told) as (bundle, running):
+        for stage in running.controller.state.plan.stages:
+            log("rebalance", f"layers {stage.layers} on {', '.join(stage.nodes)}")
+        for node in options.problem.nodes:
+            log("rebalance", f"how slow {node.name} is says {running.chain.slowdown_file(node.name)}")
+        _watch(bundle, stop, log)
+        if running.failure is not None:
+            raise StartError(f"the rebalancer ended: {running.failure!r}") from running.failure
 
 
 def _stop_on_signals() -> threading.Event:

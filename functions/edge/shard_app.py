@@ -56,6 +56,7 @@ def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -
         providers=config.providers,
         exact_drafts=config.exact_drafts,
         slowdown=config.slowdown,
+        slowdown_file=config.slowdown_file,
     )
 
 
@@ -124,16 +125,16 @@ def wait_for(whom: str, fault: Callable[[], str | None], stopped: Callable[[], b
 
 def link_metrics(replicas: Sequence[Replicas], labels: dict[str, str]) -> Iterator[Metric]:
     """What came of links, for Prometheus."""
-    stats = [each.stats for each in replicas]
+    stats, waits = [each.stats for each in replicas], [each.waits.spent for each in replicas]
     for name, text, value in (
         ("links_lost", "Sessions that lost a shard that was called.", sum(s.lost for s in stats)),
         ("links_resumed", "Those that went on with another replica.", sum(s.resumed for s in stats)),
         ("links_moved", "Sessions that left a shard before it stopped.", sum(s.moved for s in stats)),
         ("links_ended", "Sessions that ended because no shard was left.", sum(s.ended for s in stats)),
+        ("link_steps", "Single tokens handed on.", sum(w.times for w in waits)),
+        ("link_seconds", "What the answers to them took.", sum(w.seconds for w in waits)),
     ):
-        family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
-        family.add_metric(list(labels.values()), value)
-        yield family
+        yield _counter(name, text, value, labels)
 
 
 # ---- the head ----
@@ -229,6 +230,7 @@ def create_shard(config: TierConfig, shard: ShardConfig) -> Flask:
         site.metrics.expect(manifest.model_version)
         site.metrics.add(lambda labels: held_metrics(service, stage.held_bytes, labels))
         site.metrics.add(lambda labels: prefix_metrics(stage, labels))
+        site.metrics.add(lambda labels: pass_metrics(stage, labels))
         if further is not None:
             site.metrics.add(further.metrics)
         server.start()
@@ -263,9 +265,7 @@ def prefix_metrics(stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
         ("prefix_reused_tokens", "Prompt tokens found in it, which were not read again.", prefix.reused_tokens),
         ("prefix_evicted_blocks", "Blocks thrown out of it.", prefix.evicted_blocks),
     ):
-        counter = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
-        counter.add_metric(list(labels.values()), value)
-        yield counter
+        yield _counter(name, text, value, labels)
     held = GaugeMetricFamily("edgecascade_prefix_held_bytes", "Held by the prefix cache.", labels=list(labels))
     held.add_metric(list(labels.values()), prefix.held_bytes)
     yield held
@@ -280,3 +280,19 @@ def held_metrics(service: SessionService, held_bytes: int, labels: dict[str, str
         family = GaugeMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
         yield family
+
+
+def pass_metrics(stage: Stage, labels: dict[str, str]) -> Iterable[Metric]:
+    """What single tokens take here, for Prometheus and for who places layers."""
+    passes, steps = stage.passes, stage.steps.spent
+    yield _counter("passes", "Forward passes of single tokens.", passes.shared_runs, labels)
+    yield _counter("pass_tokens", "Tokens in them; more where answers share.", passes.shared_turns, labels)
+    yield _counter("pass_seconds", "What those passes lasted.", passes.shared_s, labels)
+    yield _counter("shard_steps", "Single tokens answered.", steps.times, labels)
+    yield _counter("shard_step_seconds", "What that took, shards beyond included.", steps.seconds, labels)
+
+
+def _counter(name: str, text: str, value: float, labels: dict[str, str]) -> Metric:
+    family = CounterMetricFamily(f"edgecascade_{name}", text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family

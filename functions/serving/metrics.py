@@ -171,6 +171,7 @@ class _TierCollector(Collector):
         yield self._gauge("prefix_held_bytes", "What it holds.", stats.prefix_held_bytes)
         yield self._counter("passes", "Forward passes of single tokens.", stats.passes)
         yield self._counter("pass_tokens", "Tokens in them; more than one each where answers share.", stats.pass_tokens)
+        yield self._counter("pass_seconds", "What those passes lasted.", stats.pass_s)
         for source in ("draft", "lookup"):
             proposed, accepted = (getattr(stats, f"{source}_{what}_tokens") for what in ("proposed", "accepted"))
             yield self._counter(f"{source}_proposed_tokens", f"Tokens that a {source} proposed.", proposed)

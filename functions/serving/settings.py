@@ -7,6 +7,7 @@ import re
 import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -40,6 +41,7 @@ TIER_KEYS = (
     "EXECUTION_PROVIDERS",
     "EXIT_THRESHOLD",
     "SLOWDOWN",
+    "SLOWDOWN_FILE",
 )
 DISPATCHER_KEYS = (
     "DEVICE_URL",
@@ -272,7 +274,8 @@ class TierConfig:
     """Settings of a function that holds a tier: threads of its engine; the first of `providers` that works is used.
 
     `lookup_tokens`, `exit_threshold` and `exact_drafts` are explained in `LocalTier.open` and `EngineOptions`.
-    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines.
+    `slowdown`: each forward pass lasts so many times as long, for benches that stand for slower machines;
+    `slowdown_file` holds another factor, which may change meanwhile.
     """
 
     name: str
@@ -285,6 +288,7 @@ class TierConfig:
     exact_drafts: bool = False
     exit_threshold: float | None = NO_EXIT
     slowdown: float = 1.0
+    slowdown_file: Path | None = None
     common: Common = field(default_factory=Common)
 
     @classmethod
@@ -303,6 +307,7 @@ class TierConfig:
             exact_drafts=bool(environment.integer("EXACT_DRAFTS", cls.exact_drafts, 0, 1)),
             exit_threshold=_exit_threshold(environment),
             slowdown=environment.number("SLOWDOWN", cls.slowdown, 1, 1000),
+            slowdown_file=Path(file) if (file := environment.text("SLOWDOWN_FILE", "")) else None,
             common=Common.read(environment, max_inflight=2),
         )
 

@@ -57,6 +57,7 @@ def local_loader(settings: KeySettings) -> Load:
             exact_drafts=config.exact_drafts,
             exit_threshold=config.exit_threshold,
             slowdown=config.slowdown,
+            slowdown_file=config.slowdown_file,
             keys=wrapper,
             signer=signer,
         )

@@ -278,6 +278,7 @@ class LocalTier:
         lookup_tokens: int = 0,
         exact_drafts: bool = False,
         slowdown: float = 1.0,
+        slowdown_file: Path | None = None,
         keys: KeyWrapper | None = None,
         signer: bytes | None = None,
     ) -> LocalTier:
@@ -291,7 +292,9 @@ class LocalTier:
         """
         artifact = Artifact.open(path, keys=keys, signer=signer).keeping()
         m = artifact.manifest
-        options = EngineOptions(threads, spin, context, sequences, providers=providers, slowdown=slowdown)
+        options = EngineOptions(
+            threads, spin, context, sequences, providers=providers, slowdown=slowdown, slowdown_file=slowdown_file
+        )
         cache_bytes = prefix_cache_bytes if m.lm_head else 0
         writing = replace(options, prefix_cache_bytes=cache_bytes, exact_drafts=exact_drafts)
         turns = Turns()
@@ -365,6 +368,7 @@ def stats_of(
         prefix_held_bytes=prefix.held_bytes,
         passes=turns.stats.shared_runs,
         pass_tokens=turns.stats.shared_turns,
+        pass_s=turns.stats.shared_s,
         draft_proposed_tokens=drafts.proposed,
         draft_accepted_tokens=drafts.accepted,
         lookup_proposed_tokens=lookups.proposed,

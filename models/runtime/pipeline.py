@@ -37,6 +37,7 @@ from models.runtime.prefixes import BLOCK_TOKENS, block_keys
 from models.runtime.sampling import Draws, Pick, pick
 from models.runtime.sessions import EngineOptions, takes_rows
 from models.runtime.stage import Lane, Stage, StageSession
+from models.runtime.tally import Tally
 from models.runtime.tier import NO_EXIT, Limits, TierStats
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class Replicas:
         self._failed: dict[str, float] = {}
         self._turn = 0
         self.stats = ReplicaStats()
+        self.waits = Tally()
+        """From a single token's states handed on to the token that came back, all that lies beyond included; but for
+        each session's first one, which waits for the prompt."""
 
     @property
     def name(self) -> str:
@@ -122,6 +126,7 @@ class ReplayedSession:
         self._link: Link | None = None
         self._session: LinkSession | None = None
         self._reason, self._stays = "there is none", False
+        self._sent_s, self._prompt_read = math.inf, False
 
     def begin(self, prefix: Sequence[bytes], made: Floats) -> None:
         """Say which blocks the prompt begins with, and what the layers here made (n, C) of those held: call it first.
@@ -134,6 +139,7 @@ class ReplayedSession:
     def send(self, piece: Piece) -> None:
         """Hand on a piece; raises `ShardsLostError`."""
         self._sent.append(piece)
+        self._sent_s = time.perf_counter() if self._prompt_read and is_step(piece) else math.inf
         if self._session is None:
             self._connect()
             return
@@ -148,6 +154,9 @@ class ReplayedSession:
                 break
         self._sent[-1] = replace(self._sent[-1], again=True)
         self._doubted.clear()
+        if not math.isinf(self._sent_s):
+            self._replicas.waits.add(time.perf_counter() - self._sent_s)
+        self._prompt_read = True
         self._tried.clear()
         if session.leaving and not self._stays:
             self._move()
@@ -171,6 +180,7 @@ class ReplayedSession:
             self._replicas.count(resumed=1)
 
     def _lost(self, error: LinkLostError) -> None:
+        self._sent_s, self._prompt_read = math.inf, False  # what a loss takes is no measure of the link
         if self._link is not None:
             self._replicas.failed(self._link)
             (self._tried if self._link.name in self._doubted else self._doubted).add(self._link.name)
@@ -214,7 +224,7 @@ class ReplayedSession:
             with suppress(LinkLostError):
                 fresh = self._opened(link)
                 self.close()
-                self._link, self._session = link, fresh
+                self._link, self._session, self._prompt_read = link, fresh, False
                 self._replicas.count(moved=1)
                 return
         self._stays = True
@@ -231,15 +241,31 @@ def _behind(pieces: Sequence[Piece], tokens: int) -> Iterator[Piece]:
 # ---- a shard that is no head ----
 
 
-class Relay:
-    """One session at a shard: its layers read each piece, and the next shard, if there is one, what they make of it."""
+def is_step(piece: Piece) -> bool:
+    """Whether a piece is one step of decoding: the states of a single token, for the token after it."""
+    return piece.want is Want.TOKEN and piece.answered and len(piece.states) == 1
 
-    def __init__(self, here: StageSession, beyond: LinkSession | None) -> None:
-        self._here, self._beyond = here, beyond
-        self.held_tokens = here.length
+
+class Relay:
+    """One session at a shard: its layers read each piece, and the next shard, if there is one, what they make of it.
+
+    `steps` counts how long steps of decoding take here and beyond, but for the first one.
+    """
+
+    def __init__(self, here: StageSession, beyond: LinkSession | None, steps: Tally) -> None:
+        self._here, self._beyond, self._steps = here, beyond, steps
+        self.held_tokens, self._answered = here.length, False
 
     def take(self, piece: Piece) -> Answer | None:
         """Read a piece; returns the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
+        began = time.perf_counter()
+        answer = self._taken(piece)
+        if self._answered and is_step(piece):
+            self._steps.add(time.perf_counter() - began)
+        self._answered = self._answered or piece.answered
+        return answer
+
+    def _taken(self, piece: Piece) -> Answer | None:
         self._here.rewind(piece.start)
         states = self._here.read(piece.states, piece.want, len(piece.choices))
         if self._beyond is not None:
@@ -268,7 +294,7 @@ def relay(stage: Stage, beyond: Replicas | None, opening: Opening) -> Iterator[R
         try:
             if further is not None:
                 further.begin(opening.prefix, made)
-            yield Relay(here, further)
+            yield Relay(here, further, stage.steps)
         finally:
             if further is not None:
                 further.close()

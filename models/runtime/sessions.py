@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from models.artifact.names import (
 from models.artifact.store import Artifact
 from models.errors import ArtifactError
 from models.runtime.providers import CPU, int8_products_are_exact, usable
-from models.runtime.slowed import SlowedSession
+from models.runtime.slowed import SlowedSession, Throttle
 
 Array = NDArray[Any]
 SPIN_US = 1000
@@ -42,7 +44,7 @@ class EngineOptions:
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
-    for benches that stand for slower machines.
+    for benches that stand for slower machines. `slowdown_file` holds another factor, which may change meanwhile.
 
     onnxruntime's attention rounds otherwise for one token than for several. With `exact_drafts` it never meets a token
     alone, so that on row-invariant products logits are bitwise the same with a draft and without; a step costs a little
@@ -57,6 +59,7 @@ class EngineOptions:
     providers: Sequence[str] = (CPU,)
     exact_drafts: bool = False
     slowdown: float = 1.0
+    slowdown_file: Path | None = None
     rests: bool = False
 
 
@@ -221,7 +224,11 @@ def open_session(
         )
     except Exception as error:  # onnxruntime's own errors share no narrower base
         raise ArtifactError(f"onnxruntime refuses {what}: {error}") from error
-    return session if options.slowdown == 1 else SlowedSession(session, options.slowdown)
+    if options.slowdown == 1 and options.slowdown_file is None:
+        return session
+    file = options.slowdown_file
+    factor = options.slowdown if file is None else Throttle(file, options.slowdown)
+    return SlowedSession(session, factor, work=time.thread_time if options.threads == 1 else None)
 
 
 def _session(part: Segment, options: EngineOptions, *, rests: bool = False) -> ort.InferenceSession:

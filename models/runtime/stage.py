@@ -26,7 +26,8 @@ from models.runtime.layers import Floats, Layers
 from models.runtime.links import Opening, Want
 from models.runtime.prefixes import BLOCK_TOKENS, PrefixCache, PrefixStats
 from models.runtime.sessions import EngineOptions, parts_of
-from models.runtime.turns import Turns
+from models.runtime.tally import Tally
+from models.runtime.turns import Turns, TurnStats
 
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
@@ -227,10 +228,13 @@ class StageSession:
 
 
 class Stage:
-    """Some layers of an artifact, loaded; `lanes` by graph variant."""
+    """Some layers of an artifact, loaded; `lanes` by graph variant.
+
+    `steps`: from a single token's states to the token after it, shards beyond included.
+    """
 
     def __init__(self, manifest: Manifest, layers: range, lanes: Mapping[str, Lane]) -> None:
-        self.manifest, self.layers, self.lanes = manifest, layers, lanes
+        self.manifest, self.layers, self.lanes, self.steps = manifest, layers, lanes, Tally()
 
     @classmethod
     def open(
@@ -268,6 +272,11 @@ class Stage:
     def open_sessions(self) -> int:
         """How many are lent."""
         return sum(lane.open_sessions for lane in self.lanes.values())
+
+    @property
+    def passes(self) -> TurnStats:
+        """Passes of single tokens since the start."""
+        return next(iter(self.lanes.values())).turns.stats
 
     @property
     def held_bytes(self) -> int:

@@ -170,7 +170,8 @@ class TierStats:
     """What a tier counted since it was opened.
 
     `prefix_*`: prompt tokens looked up in the prefix cache, those found, blocks thrown out, and bytes held now.
-    `passes` of single tokens took `pass_tokens` together: more than one each where answers share them.
+    `passes` of single tokens took `pass_tokens` together: more than one each where answers share them; they lasted
+    `pass_s` altogether.
     `draft_*` and `lookup_*`: tokens that drafts and lookups of repeated text proposed, and those that the model took.
     `depths`: frames by the number of layers passed.
     """
@@ -181,6 +182,7 @@ class TierStats:
     prefix_held_bytes: int = 0
     passes: int = 0
     pass_tokens: int = 0
+    pass_s: float = 0.0
     draft_proposed_tokens: int = 0
     draft_accepted_tokens: int = 0
     lookup_proposed_tokens: int = 0

@@ -41,10 +41,11 @@ class _Job:
 
 @dataclass(frozen=True)
 class TurnStats:
-    """Since the start: shared runs, and the turns that were taken in them."""
+    """Since the start: shared runs, the turns that were taken in them, and how long they took."""
 
     shared_runs: int = 0
     shared_turns: int = 0
+    shared_s: float = 0.0
 
 
 class Turns:
@@ -58,12 +59,12 @@ class Turns:
         self._expected: dict[Hashable, Run] = {}  # who shared a run and has not been heard of since
         self._shared_s = 0.0  # how long a shared run takes, smoothed
         self._count = 0
-        self._shared_runs = self._shared_turns = 0
+        self._stats = TurnStats()
 
     @property
     def stats(self) -> TurnStats:
         """How well turns were shared."""
-        return TurnStats(self._shared_runs, self._shared_turns)
+        return self._stats
 
     def take(
         self,
@@ -170,7 +171,7 @@ class Turns:
                     job.woken.release()
 
     def _note(self, jobs: Sequence[_Job], took_s: float) -> None:
-        self._shared_runs += 1
-        self._shared_turns += len(jobs)
+        s = self._stats
+        self._stats = TurnStats(s.shared_runs + 1, s.shared_turns + len(jobs), s.shared_s + took_s)
         self._shared_s += (took_s - self._shared_s) * (_SMOOTHING if self._shared_s else 1.0)
         self._expected.update((job.who, job.run) for job in jobs)

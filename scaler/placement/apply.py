@@ -7,14 +7,15 @@ nodes, and whether another comes after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kubernetes import client, config
-from kubernetes.config.config_exception import ConfigException
+from kubernetes import client
 from urllib3.exceptions import HTTPError
 
+from scaler import kubernetes_api
+from scaler.errors import SettingsError
 from scaler.placement.errors import ApplyError
 from scaler.placement.values import Plan
 
@@ -73,43 +74,6 @@ def assignments(plan: Plan, shards: Sequence[Shard]) -> list[Assignment]:
     used = zip(shards, plan.stages, after, strict=False)
     found = [Assignment(shard.name, stage.layers, stage.nodes, address) for shard, stage, address in used]
     return found + [Assignment(shard.name, "", ()) for shard in shards[len(plan.stages) :]]
-
-
-class LocalApplier:
-    """Shards that are processes here. `start` (re)starts one with an environment, `stop` ends one; both drain first.
-
-    Where a node's shard runs, the local runner knows: it has one process for each shard and node.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        start: Callable[[str, str, Mapping[str, str]], None],
-        stop: Callable[[str, str], None],
-    ) -> None:
-        self._shards, self._start, self._stop = tuple(shards), start, stop
-        self._running: dict[tuple[str, str], dict[str, str]] = {}
-
-    def apply(self, plan: Plan) -> None:
-        """Start what is new or changed, from the last shard to the first; then stop what is not needed any more."""
-        wanted = self._wanted(plan)
-        for (shard, node), environment in reversed(wanted.items()):
-            if self._running.get((shard, node)) != environment:
-                try:
-                    self._start(shard, node, environment)
-                except OSError as error:
-                    raise ApplyError(f"{shard} on {node} did not start ({error.strerror})") from error
-                self._running[shard, node] = environment
-        for shard, node in self._running.keys() - wanted.keys():
-            self._stop(shard, node)
-            del self._running[shard, node]
-
-    def drifted(self, plan: Plan) -> bool:
-        """Whether the plan is not what was started last."""
-        return self._wanted(plan) != self._running
-
-    def _wanted(self, plan: Plan) -> dict[tuple[str, str], dict[str, str]]:
-        return {(a.shard, node): a.environment for a in assignments(plan, self._shards) for node in a.nodes}
 
 
 class KubernetesApplier:
@@ -240,16 +204,8 @@ def _selected(affinity: Any) -> tuple[str, ...]:
 
 
 def connect(namespace: str, shards: Sequence[Shard]) -> KubernetesApplier:
-    """By the pod's service account, else by the kubeconfig; raises `ApplyError` if there is neither."""
-    settings = client.Configuration()
+    """As `kubernetes_api.connect`; raises `ApplyError` where there is no connection."""
     try:
-        config.load_incluster_config(settings)
-    except ConfigException:
-        try:
-            config.load_kube_config(client_configuration=settings)
-        except (ConfigException, OSError) as error:
-            raise ApplyError(
-                "there is neither a service account nor a kubeconfig here to reach Kubernetes by"
-            ) from error
-    settings.retries = 0
-    return KubernetesApplier(client.AppsV1Api(client.ApiClient(settings)), namespace, shards)
+        return KubernetesApplier(client.AppsV1Api(kubernetes_api.connect()), namespace, shards)
+    except SettingsError as error:
+        raise ApplyError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -18,13 +19,20 @@ _LOG = logging.getLogger(__name__)
 class Controller:
     """Keeps a plan in force. With `dry_run` it decides, logs and counts as ever, and applies nothing.
 
-    Not for two threads at once.
+    `told` hears of each decision before it is applied. Not for two threads at once.
     """
 
     def __init__(
-        self, state: State, policy: Policy, applier: Applier, registry: CollectorRegistry, *, dry_run: bool = False
+        self,
+        state: State,
+        policy: Policy,
+        applier: Applier,
+        registry: CollectorRegistry,
+        *,
+        dry_run: bool = False,
+        told: Callable[[Decision], None] | None = None,
     ) -> None:
-        self.state = state
+        self.state, self._told = state, told or (lambda _decision: None)
         self._policy, self._applier, self._dry_run = policy, applier, dry_run
         labels = ("action", "reason", "trigger", "result")
         self._decisions = Counter("edgecascade_rebalance", "Decisions on the placement.", labels, registry=registry)
@@ -37,6 +45,7 @@ class Controller:
         """Decide on what was seen, and act on it; what could not be applied is logged, and the plan stays."""
         seen, failed = self._with_drift(seen)
         after, decision = decide(self.state, seen, self._policy)
+        self._told(decision)
         result = "dry_run" if self._dry_run and decision.action is not Action.KEEP else "done"
         if result == "done" and decision.action is not Action.KEEP:
             try:

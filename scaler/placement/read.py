@@ -59,9 +59,13 @@ def problem(paths: Sequence[Path], sizes: PartSizes, model_id: str = "") -> Prob
             texts[str(path)] = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise NodesFileError(f"{path} cannot be read; name a nodes file") from error
+    return parse(texts, model(sizes), model_id)
+
+
+def model(sizes: PartSizes) -> Model:
+    """A tier as placement knows it, each layer as much work as any other."""
     layers = [Layer(size) for size in sizes.layers]
-    model = Model(layers, sizes.first, sizes.last, sizes.shared, sizes.kv_bytes, sizes.hidden_bytes)
-    return parse(texts, model, model_id)
+    return Model(layers, sizes.first, sizes.last, sizes.shared, sizes.kv_bytes, sizes.hidden_bytes)
 
 
 def goal(name: str) -> Goal:

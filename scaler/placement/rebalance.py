@@ -46,15 +46,19 @@ class Action(StrEnum):
 class Policy:
     """When a move is worth thinking of, and what it costs.
 
-    A link or node counts as slow at `slow_factor` times what the plan took it for; latency must be over `slo_ms` for
-    `sustained_s`, and a node silent for `silent_s`. Savings are counted over `horizon_s`. At most one move that is not
-    forced in `interval_s`, and at most `moves_per_hour` of all kinds. A node loads `load_mib_per_s`.
+    A link or node counts as slow at `slow_factor` times what the plan took it for, a link only if that is
+    `least_link_ms` more; latency must be over `slo_ms` for `sustained_s`, and a node silent for `silent_s`. A plan must
+    be better by the share `least_gain`, since nodes out of use are known less well than those in use. Savings are
+    counted over `horizon_s`. At most one move that is not forced in `interval_s`, and at most `moves_per_hour` of all
+    kinds. A node loads `load_mib_per_s`.
     """
 
     slo_ms: float = math.inf
     sustained_s: float = 30.0
     silent_s: float = 5.0
     slow_factor: float = 1.5
+    least_link_ms: float = 1.0
+    least_gain: float = 0.1
     horizon_s: float = 600.0
     interval_s: float = 120.0
     moves_per_hour: int = 6
@@ -189,8 +193,9 @@ def _slower(state: State, one: str, other: str, link: Link, policy: Policy) -> f
     if planned is None or (one, other) not in neighbours:
         return 0.0
     size = state.problem.model.hidden_bytes
-    factor = (link.latency_ms + link.busy_ms(size)) / (planned.latency_ms + planned.busy_ms(size))
-    return factor if factor >= policy.slow_factor else 0.0
+    now_ms, planned_ms = (one.latency_ms + one.busy_ms(size) for one in (link, planned))
+    is_slow = now_ms >= policy.slow_factor * planned_ms and now_ms - planned_ms >= policy.least_link_ms
+    return now_ms / planned_ms if is_slow else 0.0
 
 
 def _weighed(state: State, seen: Observed, policy: Policy, now: Problem, trigger: Reason, what: str) -> Decision:
@@ -208,9 +213,11 @@ def _weighed(state: State, seen: Observed, policy: Policy, now: Problem, trigger
     if new.by_node == state.plan.by_node:
         return kept(Reason.SAME_PLAN, "and no other plan is better")
     forced = broken or any(len(stage.nodes) < now.replicas for stage in old)
-    gain_s = math.inf if forced else _gain_s(state, seen, policy, now, old, new)
+    gain, gain_s = (1.0, math.inf) if forced else _gain(state, seen, policy, now, old, new)
     cost_s = _cost_s(state, seen, policy, now, new)
-    if not forced and gain_s <= cost_s:
+    if gain < policy.least_gain:
+        return kept(Reason.NOT_WORTH_IT, f"another plan is better by {100 * gain:.0f} % only", gain_s, cost_s)
+    if gain_s <= cost_s:
         return kept(Reason.NOT_WORTH_IT, f"another plan saves {gain_s:.1f} s and costs {cost_s:.1f} s", gain_s, cost_s)
     if why := _too_soon(state, seen, policy, forced=forced):
         return kept(Reason.TOO_SOON, why, gain_s, cost_s)
@@ -240,14 +247,17 @@ def _surviving(state: State, now: Problem) -> list[Stage]:
     return found
 
 
-def _gain_s(state: State, seen: Observed, policy: Policy, now: Problem, old: Sequence[Stage], new: Plan) -> float:
-    """Seconds of waiting saved over the horizon, by all requests together."""
+def _gain(
+    state: State, seen: Observed, policy: Policy, now: Problem, old: Sequence[Stage], new: Plan
+) -> tuple[float, float]:
+    """The share that is saved, and seconds of waiting saved over the horizon, by all requests together."""
     before, after = predict(now, old), new.prediction
     if state.plan.goal is Goal.LATENCY:
-        saved_ms = before.request_ms - after.request_ms
+        before_ms, after_ms = before.request_ms, after.request_ms
     else:
-        saved_ms = before.bottleneck_ms - after.bottleneck_ms
-    return saved_ms / 1000 * seen.requests_per_s * policy.horizon_s
+        before_ms, after_ms = before.bottleneck_ms, after.bottleneck_ms
+    saved_ms = before_ms - after_ms
+    return saved_ms / before_ms, saved_ms / 1000 * seen.requests_per_s * policy.horizon_s
 
 
 def _cost_s(state: State, seen: Observed, policy: Policy, now: Problem, new: Plan) -> float:

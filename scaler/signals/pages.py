@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,10 +28,11 @@ class PageSource:
 
     Pages of replicas may fail: what is left counts, for a replica that just ended, or is too busy to say how busy it
     is, is no reason to know nothing. If nothing is left, or a page that is not a replica's fails, that is an error.
+    `names` are the series of a function that are kept.
     """
 
-    def __init__(self, client: httpx.Client, trigger: Trigger) -> None:
-        self._client = client
+    def __init__(self, client: httpx.Client, trigger: Trigger, names: Collection[str] = FUNCTION) -> None:
+        self._client, self._names = client, frozenset(names)
         self._trigger = trigger
         self._gateway_name = gateway_name(trigger.function, trigger.namespace)
         self._kept: dict[Key, deque[Sample]] = {}
@@ -62,7 +63,7 @@ class PageSource:
 
     def _look(self, page: str, now_s: float) -> None:
         url = page if page.endswith(_PATH) else page + _PATH
-        for name, labels, value in _parsed(fetch.text(self._client, url, "a page of metrics")):
+        for name, labels, value in _parsed(fetch.text(self._client, url, "a page of metrics"), self._names):
             if name in GATEWAY and labels.get("function_name") != self._gateway_name:
                 continue
             key = page, name, tuple(sorted(labels.items()))
@@ -79,13 +80,13 @@ class PageSource:
                 del self._kept[key]
 
 
-def _parsed(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
+def _parsed(text: str, names: Collection[str]) -> Iterator[tuple[str, dict[str, str], float]]:
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 # The parser puts `_total` to the gateway's counter that has none.
                 name = family.name if family.name in GATEWAY else sample.name
-                if (name in FUNCTION or name in GATEWAY) and math.isfinite(sample.value):
+                if (name in names or name in GATEWAY) and math.isfinite(sample.value):
                     yield name, dict(sample.labels), float(sample.value)
     except (ValueError, IndexError, KeyError) as error:
         raise SourceError("a page of metrics is not in Prometheus' text format; is that its address?") from error

@@ -26,10 +26,11 @@ _WHO = "Prometheus"
 
 @dataclass(frozen=True)
 class PrometheusSource:
-    """Asks a Prometheus over its HTTP API (`/api/v1/query`)."""
+    """Asks a Prometheus over its HTTP API (`/api/v1/query`); `names` are the series of a function that it wants."""
 
     client: httpx.Client
     trigger: Trigger
+    names: Sequence[str] = FUNCTION
 
     def read(self, replicas: Sequence[Replica], now_s: float) -> Window:  # noqa: ARG002 - Prometheus finds them
         """Three queries: its clock, what the function says, what the gateway says; raises `SourceError`."""
@@ -40,7 +41,7 @@ class PrometheusSource:
             later_s = now_s - float(theirs)
             gateway = f'function_name="{gateway_name(trigger.function, trigger.namespace)}"'
             found = [
-                *_series(self._query(_selector(FUNCTION, trigger.selector) + window), later_s),
+                *_series(self._query(_selector(self.names, trigger.selector) + window), later_s),
                 *_series(self._query(_selector(GATEWAY, gateway) + window), later_s),
             ]
         except (KeyError, TypeError, ValueError) as error:

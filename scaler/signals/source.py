@@ -36,6 +36,17 @@ OURS = (
     "edgecascade_prefill_seconds_bucket",
     "edgecascade_decode_seconds_bucket",
 )
+SHARD = (
+    "edgecascade_passes_total",
+    "edgecascade_pass_tokens_total",
+    "edgecascade_pass_seconds_total",
+    "edgecascade_link_steps_total",
+    "edgecascade_link_seconds_total",
+    "edgecascade_shard_steps_total",
+    "edgecascade_shard_step_seconds_total",
+    "edgecascade_shard_sessions",
+)
+"""What shards say of their passes and of the links to the shards after them."""
 FUNCTION = (*OURS, *WATCHDOG)
 """What a function's replicas say; `GATEWAY` is what the gateway says of the function, under `function_name`."""
 
