@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.bundle import Variant
 
@@ -15,7 +15,7 @@ SEQUENTIAL = "sequential"
 class Arm:
     """One row: the model that requests name, and what its dispatcher's environment sets.
 
-    `hurried`: its requests carry the bench's deadline.
+    `hurried`: its requests carry the bench's deadline. `edge`: what is changed of an edge tier of its own, if anything.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Arm:
     environment: Mapping[str, str]
     model: str = "auto"
     hurried: bool = True
+    edge: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dispatcher(self) -> str:
@@ -41,6 +42,12 @@ ARMS = (
     Arm("edge", "edge only", model="edge", environment=_PLAIN, hurried=False),
     Arm(SEQUENTIAL, "sequential escalation", environment=_PLAIN, hurried=False),
     Arm("early", "early decision", environment={**_PLAIN, "POLICY_EDGE_EARLY": "true"}),
+    Arm(
+        "exits",
+        "early decision, early exits",
+        environment={**_PLAIN, "POLICY_EDGE_EARLY": "true"},
+        edge={"EXIT_THRESHOLD": "tuned"},
+    ),
     Arm("draft", "draft/verify", environment={**_PLAIN, "POLICY_EDGE_DRAFT": "true"}),
     Arm("hedged", "hedged", environment={**_PLAIN, "POLICY_EDGE_HEDGE": "0.2"}),
 )

@@ -88,7 +88,7 @@ def refused(status: int, latency_ms: float) -> Reply:
 
 @dataclass(frozen=True)
 class Compared:
-    """Every answer by way, in the order of the queries; bytes on the edge's link as counted by the proxy."""
+    """Every answer by way, in the order of the queries; bytes on the edges' links as counted by the proxies."""
 
     ways: Mapping[str, Way]
     answered: Sequence[Answered]
@@ -104,7 +104,8 @@ class Compared:
 def stage_for(start: Start, site: Site, arms: Sequence[Arm]) -> Iterator[tuple[Stage, Mapping[str, Client]]]:
     """The tiers, and a dispatcher with a client for each arm."""
     dispatchers = {arm.dispatcher: arm.variant for arm in arms}
-    with staged(start, site, dispatchers) as stage, ExitStack() as opened:
+    edges = {arm.dispatcher: arm.edge for arm in arms if arm.edge}
+    with staged(start, site, dispatchers, edges) as stage, ExitStack() as opened:
         yield stage, {name: opened.enter_context(Client(stage.running.urls[name])) for name in dispatchers}
 
 
@@ -119,10 +120,12 @@ def compare(
     asker: Asks = Asker(clients, chosen)
     names = [way.name for way in chosen]
     ask_all(asker, queries[:: max(1, len(queries) // WARM_UP)], names)  # dispatchers get to know their tiers
-    before = stage.proxies["edge"].traffic
+    links = [proxy for name, proxy in stage.proxies.items() if name != "device"]
+    before = [link.traffic for link in links]
     answered = ask_all(asker, queries, names, advance)
-    crossed = stage.proxies["edge"].traffic.since(before)
-    return Compared({way.name: way for way in chosen}, answered, crossed.sent_bytes + crossed.received_bytes)
+    crossed = [link.traffic.since(then) for link, then in zip(links, before, strict=True)]
+    link_bytes = sum(one.sent_bytes + one.received_bytes for one in crossed)
+    return Compared({way.name: way for way in chosen}, answered, link_bytes)
 
 
 def rows(found: Compared) -> dict[str, Figures]:

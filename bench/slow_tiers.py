@@ -6,7 +6,7 @@ A reply takes a + b × slowdown; two trials tell a and b.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from bench.bundle import Running, Start, Variant
@@ -47,17 +47,38 @@ def tier_variants(site: Site) -> dict[str, Variant]:
 
 
 @contextmanager
-def staged(start: Start, site: Site, dispatchers: Mapping[str, Variant], seed: int = 1) -> Iterator[Stage]:
-    """Start both tiers and some dispatchers, with a proxy before each tier; the network lies before the edge."""
-    with FaultProxy(seed=seed) as device, FaultProxy(seed=seed + 1) as edge:
-        proxies = {"device": device, "edge": edge}
-        urls = {"DEVICE_URL": device.url, "EDGE_URL": edge.url}
-        joined = {n: Variant(v.of, {**urls, **v.environment}) for n, v in dispatchers.items()}
-        with start({**joined, **tier_variants(site)}) as running:
-            for name, proxy in proxies.items():
-                proxy.target = running.urls[name]
-            edge.set(Faults(latency_ms=site.network_ms / 2))
-            yield Stage(running, proxies)
+def staged(
+    start: Start,
+    site: Site,
+    dispatchers: Mapping[str, Variant],
+    edges: Mapping[str, Mapping[str, str]] | None = None,
+    seed: int = 1,
+) -> Iterator[Stage]:
+    """Start both tiers and some dispatchers, with a proxy before each tier; the network lies before the edge.
+
+    Dispatchers named in `edges` have an edge of their own, `edge-of-NAME`, of which that much is changed.
+    """
+    tiers = tier_variants(site)
+    own = {n: Variant("edge", {**tiers["edge"].environment, **changed}) for n, changed in (edges or {}).items()}
+    tiers |= {edge_of(name): variant for name, variant in own.items()}
+    with ExitStack() as opened:
+        proxies = {name: opened.enter_context(FaultProxy(seed=seed + n)) for n, name in enumerate(tiers)}
+        joined = {}
+        for name, variant in dispatchers.items():
+            edge = proxies[edge_of(name) if name in own else "edge"]
+            urls = {"DEVICE_URL": proxies["device"].url, "EDGE_URL": edge.url}
+            joined[name] = Variant(variant.of, {**urls, **variant.environment})
+        running = opened.enter_context(start({**joined, **tiers}))
+        for name, proxy in proxies.items():
+            proxy.target = running.urls[name]
+            if name != "device":
+                proxy.set(Faults(latency_ms=site.network_ms / 2))
+        yield Stage(running, proxies)
+
+
+def edge_of(dispatcher: str) -> str:
+    """What the edge of one dispatcher alone is called."""
+    return f"edge-of-{dispatcher}"
 
 
 def slowed_to(
