@@ -99,7 +99,12 @@ def measure(
 def _run(
     autoscaled: Autoscaled, queries: Sequence[Query], plan: Plan, arrivals: Sequence[float], record: Path
 ) -> list[Answer]:
-    slow: Mapping[str, str] = {"SLOWDOWN": f"{plan.slowdown:g}", "MAX_INFLIGHT": "1", "QUEUE_LIMIT": _QUEUE}
+    slow: Mapping[str, str] = {
+        "SLOWDOWN": f"{plan.slowdown:g}",
+        "MAX_INFLIGHT": "1",
+        "QUEUE_LIMIT": _QUEUE,
+        "EXIT_THRESHOLD": "off",
+    }
     scaling = Scaling(FUNCTION, plan.slo_s, PERCENTILE, 0, plan.maximum, record)
     requests = [request(query, FUNCTION, prefix=f"/function/{FUNCTION}") for query in queries]
     with autoscaled({FUNCTION: Variant(FUNCTION, slow)}, scaling) as url:

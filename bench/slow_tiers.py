@@ -42,8 +42,10 @@ class Stage:
 
 
 def tier_variants(site: Site) -> dict[str, Variant]:
-    """Both tiers, as slow as the site has them."""
-    return {name: Variant(name, {_SETTING: f"{site.slowdown[name]:.4f}"}) for name in TIERS}
+    """Both tiers, as slow as the site has them; the edge runs all its layers."""
+    slowed = {name: {_SETTING: f"{site.slowdown[name]:.4f}"} for name in TIERS}
+    slowed["edge"]["EXIT_THRESHOLD"] = "off"
+    return {name: Variant(name, environment) for name, environment in slowed.items()}
 
 
 @contextmanager
