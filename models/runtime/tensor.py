@@ -25,10 +25,10 @@ from models.runtime.descent import Descent, WholeDescent
 from models.runtime.engine import Embeddings, check_room, chunks
 from models.runtime.exchange import Threads
 from models.runtime.links import Opening, Want
-from models.runtime.local import NO_EXIT, LocalTier, SkillReader, TextWriter, card_of
+from models.runtime.local import LocalTier, SkillReader, TextWriter, card_of
 from models.runtime.ranked import RankLayers, ranks_of
 from models.runtime.sessions import EngineOptions
-from models.runtime.tier import TierStats
+from models.runtime.tier import NO_EXIT, TierStats
 from models.runtime.turns import Turns
 
 Floats = NDArray[np.float32]
