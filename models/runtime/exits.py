@@ -2,7 +2,7 @@
 
 A head sees what the layers so far made of `<skill> w… <answer>` and, where there are slots, of the echo. It shrinks
 each state, pools the prompt's by attention, and scores intents from the pool and `<answer>`, tags from each word's end,
-its neighbours and `<answer>`. Its confidence is calibrated on held-out data, for each exit and skill apart. Pure numpy.
+its neighbours and `<answer>`. Its confidence is calibrated on held-out data, for each exit and skill apart.
 T tokens, C width, R what a state shrinks to, P pools.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from models.artifact.manifest import Manifest
 from models.artifact.store import Artifact
 from models.runtime import frames
 from models.runtime.confidence import Logistic, features
+from models.runtime.sessions import EngineOptions, open_session
 from models.runtime.tier import NO_EXIT, Depth
 from models.skills import OUT_OF_SCOPE, Skill, SkillPrompt, SkillSet
 
@@ -80,8 +81,7 @@ class Scorer:
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], skills: SkillSet) -> None:
         self._skills = skills
-        self._w = {name: restored(tensors, name) for name in MATRICES}
-        self._b = {name: tensors[f"{name}.bias"].astype(np.float32) for name in MATRICES}
+        self._products = {name: _product(restored(tensors, name), tensors[f"{name}.bias"]) for name in MATRICES}
         self._queries = tensors["queries"].astype(np.float32)  # (skills, P, R)
 
     def logits(self, skill: Skill, prompt_states: Floats, word_states: Floats) -> tuple[Floats, Floats | None]:
@@ -93,21 +93,42 @@ class Scorer:
         queries = self._queries[self._skills.index(skill.name)]
         weights = np.exp(frames.log_softmax(4 / math.sqrt(small.shape[1]) * (queries @ small.T)))
         pools = weights.astype(np.float32) @ small
-        mixed = self._layer("mix", np.concatenate([small[-1], pools.reshape(-1)]))
-        intents = self._rows("out", mixed, self._skills.intent_rows(skill.name))
+        mixed = self._layer("mix", np.concatenate([small[-1], pools.reshape(-1)])[None])
+        intents = self._products["out"](mixed)[0, self._skills.intent_rows(skill.name)]
         if not skill.tags:
             return intents, None
         words = self._layer("down", word_states)
         edge = np.zeros_like(words[:1])
         before, after = np.concatenate([edge, words[:-1]]), np.concatenate([words[1:], edge])
         joined = np.concatenate([words, before, after, np.broadcast_to(small[-1], words.shape)], axis=1)
-        return intents, self._rows("tag_out", self._layer("tag_mix", joined), self._skills.tag_rows(skill.name))
+        tags = self._products["tag_out"](self._layer("tag_mix", joined))
+        return intents, tags[:, self._skills.tag_rows(skill.name)]
 
     def _layer(self, name: str, x: Floats) -> Floats:
-        return gelu(x @ self._w[name].T + self._b[name])
+        return gelu(self._products[name](x))
 
-    def _rows(self, name: str, x: Floats, rows: slice) -> Floats:
-        return np.asarray(x @ self._w[name][rows].T + self._b[name][rows], np.float32)
+
+def _product(weight: Floats, bias: NDArray[Any]) -> Callable[[Floats], Floats]:
+    """What maps x (n, K) to x Wᵀ + b, on one thread.
+
+    Not numpy's: its threads wait busily beside the engine's, which costs more than the layers that an exit saves.
+    """
+    from onnx import TensorProto, helper, numpy_helper  # who cuts a graph at exits has it
+
+    kind, (n_out, n_in) = TensorProto.FLOAT, weight.shape
+    values = [numpy_helper.from_array(v, n) for v, n in ((weight, "w"), (bias.astype(np.float32), "b"))]
+    ends = [helper.make_tensor_value_info(n, kind, ["n", size]) for n, size in (("x", n_in), ("y", n_out))]
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = EngineOptions(threads=1, spin=False)
+    session = open_session(model.SerializeToString(), {}, options, "a head of an exit")
+
+    def apply(x: Floats) -> Floats:
+        found: Floats = session.run(["y"], {"x": x})[0]
+        return found
+
+    return apply
 
 
 class HeadExit:
