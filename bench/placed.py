@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, permutations
 from pathlib import Path
 from statistics import median
@@ -162,7 +162,20 @@ def measure(start: Start, what: Effects, report: Callable[[int, int, str], None]
                 row.timings.append(found[name])
                 row.predicted.append(_predicted(what, times, tier, row.stages, _others(found, name)))
     report(total, total, "")
-    return rows
+    return _with_request(rows)
+
+
+def _with_request(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Add to each first token what a request takes besides, as the other cut has it: HTTP, tokenising, sessions."""
+    besides = {
+        name: median(t.prompt_ms - first_ms for t, (_, first_ms) in zip(row.timings, row.predicted, strict=True))
+        for name, row in rows.items()
+    }
+    others = {name: max(0.0, *(ms for other, ms in besides.items() if other != name)) for name in rows}
+    return {
+        name: replace(row, predicted=[(token_ms, first_ms + others[name]) for token_ms, first_ms in row.predicted])
+        for name, row in rows.items()
+    }
 
 
 def _others(found: Mapping[str, Timing], name: str) -> Timing:
@@ -179,7 +192,7 @@ def _predicted(
     workload = Workload(seen.prompt_tokens, what.tokens, context=512, sessions=1)
     given = problem(times, tier, workload, Link(hop_ms, LOOPBACK_MBIT_PER_S), tier.n_layers)
     says = predict(given, stages)
-    return says.token_ms + seen.own_ms, says.prompt_ms + seen.own_ms
+    return says.token_ms + seen.own_ms, says.prompt_ms
 
 
 @contextmanager
