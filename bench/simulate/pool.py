@@ -87,7 +87,7 @@ class Pool:
         self.count()
         self.submitted += 1
         self.arrived.append(job.at_s)
-        if self.running >= self.slots * len(self.replicas) or not self._serve(job):
+        if not self._serve(job):
             self.queue.append(job)
 
     def _serve(self, job: Job) -> bool:

@@ -102,7 +102,7 @@ def ours(percentile: float) -> Setting:
 
 def _oracle(share: float) -> Setting:
     def make(world: World) -> Oracle:
-        return Oracle(world.pool, world.jobs, world.site.target, share, world.site.poll_s)
+        return Oracle(world.tier, world.site.target, share, world.site.poll_s)
 
     return Setting(ORACLE, (("late", share),), make)
 
@@ -178,9 +178,10 @@ class Tuned:
 def tuned(policy: str, trace: Trace, site: Site, step: Callable[[], None] = lambda: None) -> Tuned:
     """Tune on the first half, score on the second; `step` after each setting."""
     half = trace.first_half()
+    requests = site.machine.requests(half)
     found = []
     for setting in grids(half, site)[policy]:
-        found.append((setting, run(half, site, setting)))
+        found.append((setting, run(half, site, setting, requests=requests)))
         step()
     found = efficient(found)
     first = [Scored(str(setting), outcome) for setting, outcome in found]
