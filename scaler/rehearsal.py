@@ -35,7 +35,8 @@ class Past:
 class Habit:
     """How to go on: which of the estimates to follow, how long to keep what was wanted, in what time to clear a queue.
 
-    `floor`: how many at least; that share of them, `idle`, while nothing arrives.
+    `share`: how much of what the estimate asks for is followed; the queue makes up for the rest. `patience_s`: a wait
+    that is left alone. `floor`: how many at least; that share of them, `idle`, while nothing arrives.
     """
 
     estimate: int
@@ -43,25 +44,36 @@ class Habit:
     clear_s: float
     idle: float = 1.0
     floor: int = 0
+    share: float = 1.0
+    patience_s: float = 0.0
 
     def floor_at(self, requests: float) -> int:
         """The floor after a stretch with so many requests."""
         return self.floor if requests > 0 else math.ceil(self.idle * self.floor)
 
-    def clearing(self, backlog_s: float, slots: int) -> int:
-        """Replicas that work off so many seconds of one slot in time."""
-        return math.ceil(backlog_s / self.clear_s / slots)
+    def following(self, needed: int) -> int:
+        """The replicas of an estimate's."""
+        return math.ceil(self.share * needed)
+
+    def clearing(self, backlog_s: float, width: float, slots: int) -> int:
+        """Replicas that work off in time what so many seconds of one slot are beyond patience; `width` slots serve."""
+        return math.ceil(max(0.0, backlog_s - self.patience_s * width) / self.clear_s / slots)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a habit is played against: the target, slots of a replica, the lead of an order."""
+    """What a habit is played against: the target, slots of a replica, the lead of an order.
+
+    `unseen`: how often the past fits into what it stands for. The rest is taken to have been calm, so that one burst
+    in a short past is not taken for one of many.
+    """
 
     slo_s: float
     allowed_late: float
     maximum: int
     slots: int
     lead_s: float
+    unseen: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,9 @@ def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, mos
                 return Played(1.0, math.inf)
         backlog_s = left_s
         now_s += stretch.length_s
-        wanted = stretch.demands[habit.estimate] + habit.clearing(backlog_s, terms.slots)
+        wanted = habit.following(stretch.demands[habit.estimate])
+        if backlog_s > 0:
+            wanted += habit.clearing(backlog_s, width, terms.slots)
         wanted = min(terms.maximum, max(habit.floor_at(stretch.requests), wanted))
         _push(kept, now_s, wanted)
         _forget(kept, now_s - habit.hold_s)
@@ -122,7 +136,7 @@ def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, te
     The search begins at the floor that each habit has, which is where it mostly ends.
     """
     allowed = max(terms.allowed_late, _LEAST_SLACK * service.beyond(terms.slo_s))
-    most_late = allowed * sum(stretch.requests for stretch in past)
+    most_late = allowed * terms.unseen * sum(stretch.requests for stretch in past)
 
     def cost(habit: Habit, floor: int) -> float:
         """Replica-seconds; infinite if too much would have been late."""
