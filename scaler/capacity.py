@@ -18,8 +18,8 @@ from scaler.queueing import Load, Service, share_late
 from scaler.rehearsal import Habit, Past, Terms, cheapest
 from scaler.values import Decision, Reading, Target
 
-_LEVELS_S = (8.0, 30.0, 120.0, 600.0)
-_HOLDS_S = (15.0, 30.0, 60.0, 180.0)
+_LEVELS_S = (8.0, 30.0, 120.0)
+_HOLDS_S = (15.0, 30.0, 60.0)
 _CLEARS_S = (5.0, 15.0, 45.0)
 _IDLES = (1.0, 0.8, 0.6, 0.4)
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.5)
@@ -144,7 +144,6 @@ class Capacity:
             maximum=self.target.maximum,
             slots=self.target.slots,
             lead_s=self._lead_s,
-            unseen=max(1.0, self.tuning.memory_s / self._past_s),
         )
         self.habit = cheapest(self._past, self._neighbours(), self._load(1.0).service, terms)
 

@@ -16,6 +16,8 @@ from functools import partial
 from scaler.queueing import Service
 
 _LEAST_SLACK = 1.05
+_EPISODE_S = 300.0
+"""What was late within so long a time came of one burst."""
 
 
 @dataclass(frozen=True)
@@ -62,31 +64,28 @@ class Habit:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a habit is played against: the target, slots of a replica, the lead of an order.
-
-    `unseen`: how often the past fits into what it stands for. The rest is taken to have been calm, so that one burst
-    in a short past is not taken for one of many.
-    """
+    """What a habit is played against: the target, slots of a replica, the lead of an order."""
 
     slo_s: float
     allowed_late: float
     maximum: int
     slots: int
     lead_s: float
-    unseen: float = 1.0
 
 
 @dataclass(frozen=True)
 class Played:
-    """What a habit would have done: the share of requests late, and replica-seconds."""
+    """What a habit would have done: the share of requests late, replica-seconds, the share late beside the worst burst."""
 
     late: float
     replica_s: float
+    late_again: float
 
 
 def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, most_late: float = math.inf) -> Played:
     """Play the past again; linear in its length. With more than `most_late` requests late it is given up."""
-    backlog_s = late = requests = cost = now_s = 0.0
+    backlog_s = late = worst = episode = requests = cost = now_s = 0.0
+    episode_ends_s = -math.inf
     always_late = service.beyond(terms.slo_s)
     kept: deque[tuple[float, int]] = deque()  # ever smaller numbers, with when they were last wanted
     serving: deque[tuple[float, int]] = deque()  # the same, of those whose lead time is over
@@ -101,10 +100,16 @@ def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, mos
         left_s = max(0.0, backlog_s + stretch.work_s - serves * terms.slots * stretch.length_s)
         if stretch.requests:
             wait_s = (backlog_s + left_s) / 2 / width
-            late += stretch.requests * (service.beyond(terms.slo_s - wait_s) if wait_s > 0 else always_late)
+            missed = stretch.requests * (service.beyond(terms.slo_s - wait_s) if wait_s > 0 else always_late)
+            if wait_s > 0 and now_s >= episode_ends_s:
+                episode, episode_ends_s = 0.0, now_s + _EPISODE_S
+            if now_s < episode_ends_s:
+                episode += missed
+                worst = max(worst, episode)
+            late += missed
             requests += stretch.requests
-            if late > most_late:
-                return Played(1.0, math.inf)
+            if late - worst > most_late:
+                return Played(1.0, math.inf, 1.0)
         backlog_s = left_s
         now_s += stretch.length_s
         wanted = habit.following(stretch.demands[habit.estimate])
@@ -116,7 +121,8 @@ def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, mos
         coming.append((now_s, wanted))
         ordered = kept[0][1]
         cost += ordered * stretch.length_s
-    return Played(late / requests if requests else 0.0, cost)
+    total = max(requests, 1e-9)
+    return Played(late / total, cost, (late - worst) / total)
 
 
 def _push(window: deque[tuple[float, int]], at_s: float, count: int) -> None:
@@ -131,35 +137,45 @@ def _forget(window: deque[tuple[float, int]], before_s: float) -> None:
 
 
 def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, terms: Terms) -> Habit:
-    """The habit, with its smallest sufficient floor, that would have cost least; the maximum where none suffices.
+    """The habit that would have cost least, with its smallest sufficient floor; the maximum where none suffices.
 
-    The search begins at the floor that each habit has, which is where it mostly ends.
+    It is then given the floor that suffices without the worst burst: what came once in that time is not kept for. The
+    search begins at the floor that each habit has, which is where it mostly ends.
     """
     allowed = max(terms.allowed_late, _LEAST_SLACK * service.beyond(terms.slo_s))
-    most_late = allowed * terms.unseen * sum(stretch.requests for stretch in past)
+    most_late = allowed * sum(stretch.requests for stretch in past)
 
-    def cost(habit: Habit, floor: int) -> float:
-        """Replica-seconds; infinite if too much would have been late."""
-        return play(past, replace(habit, floor=floor), service, terms, most_late).replica_s
+    def played(habit: Habit, floor: int) -> Played:
+        return play(past, replace(habit, floor=floor), service, terms, most_late)
 
-    def suffices(habit: Habit, floor: int) -> bool:
-        return cost(habit, floor) < math.inf
+    def always(habit: Habit, floor: int) -> bool:
+        return played(habit, floor).late <= allowed
+
+    def but_once(habit: Habit, floor: int) -> bool:
+        return played(habit, floor).late_again <= allowed
 
     chosen, least = None, math.inf
     for habit in habits:
-        low, high = _bracket(partial(suffices, habit), habit.floor, terms.maximum)
-        while low < high:
-            middle = (low + high) // 2
-            if suffices(habit, middle):
-                high = middle
-            else:
-                low = middle + 1
-        spent = cost(habit, low)
+        floor = _smallest(partial(always, habit), habit.floor, terms.maximum)
+        tried = played(habit, floor)
+        spent = tried.replica_s if tried.late <= allowed else math.inf
         if chosen is None or spent < least:
-            chosen, least = replace(habit, floor=low), spent
+            chosen, least = replace(habit, floor=floor), spent
     if chosen is None:
         raise ValueError("no habit to choose from")
-    return chosen
+    return replace(chosen, floor=_smallest(partial(but_once, chosen), chosen.floor, terms.maximum))
+
+
+def _smallest(suffices: Callable[[int], bool], guess: int, maximum: int) -> int:
+    """The smallest floor that suffices; the maximum if none does."""
+    low, high = _bracket(suffices, guess, maximum)
+    while low < high:
+        middle = (low + high) // 2
+        if suffices(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _bracket(suffices: Callable[[int], bool], floor: int, maximum: int) -> tuple[int, int]:

@@ -244,6 +244,24 @@ def test_pods_run_as_an_ordinary_user_who_may_write_nowhere_but_tmp(rendered):
                 assert writable == ["/tmp"]  # noqa: S108 - as the path in a container
 
 
+def test_the_power_component_lets_the_scaler_list_nodes_and_nothing_more():
+    folder = ROOT / "deploy" / "kubernetes"
+    text = "kind: Kustomization\nnamespace: edgecascade\nresources: [../base]\ncomponents: [../power]\n"
+
+    def read(path):
+        return text if str(path) == "mine/kustomization.yaml" else (folder / path).read_text("utf-8")
+
+    made = build(read, "mine")
+    (role,) = [manifest for manifest in made if manifest["kind"] == "ClusterRole"]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
+    (binding,) = [manifest for manifest in made if manifest["kind"] == "ClusterRoleBinding"]
+    account = next(m for m in made if m["kind"] == "ServiceAccount")
+    names = {key: account["metadata"][key] for key in ("name", "namespace")}
+    assert binding["subjects"] == [{"kind": "ServiceAccount", **names}]
+    environment = pods(made)["edgecascade-scaler"]["containers"][0]["env"]
+    assert {"name": "SCALER_POWER_NODES", "value": "edgecascade.io/site=edge"} in environment
+
+
 def test_the_scaler_looks_and_touches_nothing(rendered):
     for role in each(rendered, "Role"):
         if role["metadata"]["name"] != "edgecascade-rebalance":

@@ -187,6 +187,18 @@ def test_bursts_that_are_over_before_an_order_serves_are_kept_for():
     assert steady.habit.floor < 4
 
 
+def test_one_step_in_a_short_past_is_not_taken_for_one_of_many():
+    """A minute at 6 requests/s after nothing, then one in two seconds: the first rehearsals come in the quiet."""
+    capacity = Capacity(Target(slo_s=1.5, percentile=0.95, minimum=0, maximum=6))
+    wanted = []
+    for i in range(80):
+        arrived = 30.0 if 2 <= i < 14 else 2.5
+        look = reading(5.0 * i, arrived / 5, arrived=arrived, ready=1, service_s=0.4, latency_s=0.6)
+        wanted.append(capacity.decide(look).replicas)
+    assert max(wanted[2:14]) >= 4
+    assert max(wanted[50:]) <= 2
+
+
 def test_the_estimate_agrees_with_erlang_and_with_one_server():
     # Erlang C for 5 servers and 4 erlangs, from tables: 0.5541.
     assert chance_to_wait(5, 4.0) == pytest.approx(0.5541, abs=5e-5)
