@@ -23,7 +23,7 @@ _OVER = frozenset({"Succeeded", "Failed"})
 
 
 class KubernetesReplicas:
-    """Pods with the label that faas-netes gives them; with `nodes`, a label selector, what those nodes' power allows."""
+    """Pods with the label that faas-netes gives them; with `nodes` (a label selector) what their power allows."""
 
     def __init__(self, api: Any, nodes: str = "") -> None:
         self._api = api
@@ -78,7 +78,7 @@ def _replica(pod: Any) -> Replica:
 
 
 def _allowed(node: Any) -> int | None:
-    """Replicas that a node's power allows; none on one that is cordoned or not ready. What is no number says nothing."""
+    """Replicas that a node's power allows; none on a cordoned or unready one. What is no number says nothing."""
     ready = any(c.type == "Ready" and c.status == "True" for c in node.status.conditions or ())
     if node.spec.unschedulable or not ready:
         return 0

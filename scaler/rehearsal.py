@@ -75,7 +75,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Played:
-    """What a habit would have done: the share of requests late, replica-seconds, the share late beside the worst burst."""
+    """What a habit would have done: requests late, and late beside the worst burst, as shares; replica-seconds."""
 
     late: float
     replica_s: float

@@ -53,7 +53,8 @@ def tier_waits(servers, rate, service, rng, count):
     tier = Tier(requests, 1, 0.0)
     tier.start(servers, warm=True)
     tier.run(math.inf)
-    return [done_s - taken_s - came_s for came_s, taken_s, done_s in zip(at_s, requests.service_s, tier.done_s, strict=True)]
+    rows = zip(at_s, requests.service_s, tier.done_s, strict=True)
+    return [done_s - taken_s - came_s for came_s, taken_s, done_s in rows]
 
 
 def mean_wait(waits, count, servers, rate, service, seeds):

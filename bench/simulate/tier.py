@@ -106,8 +106,7 @@ class Tier:
         index, total = len(done_s), len(at_s)
         while index < total and free:
             begins_s, _, replica = free[0]
-            if at_s[index] > begins_s:
-                begins_s = at_s[index]
+            begins_s = max(begins_s, at_s[index])
             if begins_s >= until_s:
                 break
             end_s = begins_s + service_s[index]
@@ -149,4 +148,3 @@ class Tier:
         self._leaving += last.values()
         self._free = [entry for entry in self._free if entry[2] not in stopped]
         heapq.heapify(self._free)
-
