@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from scaler.forecast import Forecast, Smoothing
 from scaler.queueing import Load, Service, share_late
-from scaler.rehearsal import Habit, Past, Terms, cheapest
+from scaler.rehearsal import LEAST_SLACK, Habit, Past, Terms, cheapest
 from scaler.values import Decision, Reading, Target
 
 _LEVELS_S = (8.0, 30.0, 120.0)
@@ -222,7 +222,10 @@ class Capacity:
         return self._needed[step]
 
     def _search(self, load: Load) -> int:
-        limit_s, allowed = self._limit_s(), 1 - self.target.percentile
+        limit_s = self._limit_s()
+        # As `share_late` counts them: where service alone is late too often, no number of replicas would do.
+        alone = sum(weight for taken_s, weight in load.service.points if taken_s > limit_s)
+        allowed = max(1 - self.target.percentile, LEAST_SLACK * alone)
         low, high = 1, max(1, self.target.maximum)
         while low < high:
             middle = (low + high) // 2

@@ -15,7 +15,8 @@ from functools import partial
 
 from scaler.queueing import Service
 
-_LEAST_SLACK = 1.05
+LEAST_SLACK = 1.05
+"""So much more lateness is allowed than service alone causes, where that is too much already."""
 _EPISODE_S = 300.0
 """What was late within so long a time came of one burst."""
 
@@ -142,7 +143,7 @@ def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, te
     It is then given the floor that suffices without the worst burst: what came once in that time is not kept for. The
     search begins at the floor that each habit has, which is where it mostly ends.
     """
-    allowed = max(terms.allowed_late, _LEAST_SLACK * service.beyond(terms.slo_s))
+    allowed = max(terms.allowed_late, LEAST_SLACK * service.beyond(terms.slo_s))
     most_late = allowed * sum(stretch.requests for stretch in past)
 
     def played(habit: Habit, floor: int) -> Played:

@@ -122,6 +122,12 @@ def test_a_service_that_misses_the_slo_alone_says_so_and_is_not_answered_with_al
     assert decision.replicas < TARGET.maximum
 
 
+@pytest.mark.parametrize("percentile", [0.5, 0.7, 0.8, 0.9, 0.95, 0.99])
+def test_a_slow_service_is_not_answered_with_all_there_is_at_any_percentile(percentile):
+    slow = reading(rate=0.2, service_s=9.0, service_scv=0.94, ready=4)
+    assert Capacity(replace(TARGET, percentile=percentile)).decide(slow).replicas < 20
+
+
 def test_a_queue_asks_for_more_and_power_caps_it():
     waiting = reading(queued=50.0, in_flight=60.0)
     assert Capacity(TARGET).decide(waiting).replicas > Capacity(TARGET).decide(reading()).replicas
