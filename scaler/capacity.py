@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 
 from scaler.forecast import Forecast, Smoothing
 from scaler.queueing import Load, Service, share_late
-from scaler.rehearsal import Habit, Past, Terms, cheapest
+from scaler.rehearsal import LEAST_SLACK, Habit, Past, Terms, cheapest
 from scaler.values import Decision, Reading, Target
 
-_LEVELS_S = (8.0, 30.0, 120.0, 600.0)
-_HOLDS_S = (15.0, 30.0, 60.0, 180.0)
+_LEVELS_S = (8.0, 30.0, 120.0)
+_HOLDS_S = (15.0, 30.0, 60.0)
 _CLEARS_S = (5.0, 15.0, 45.0)
 _IDLES = (1.0, 0.8, 0.6, 0.4)
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.5)
+_PATIENCES = (0.0, 0.15, 0.3, 0.45)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Tuning:
     holds_s: tuple[float, ...] = _HOLDS_S
     clears_s: tuple[float, ...] = _CLEARS_S
     idles: tuple[float, ...] = _IDLES
+    shares: tuple[float, ...] = _SHARES
+    patiences: tuple[float, ...] = _PATIENCES
     memory_s: float = 1800.0
     review_s: float = 120.0
     least_memory_s: float = 300.0
@@ -150,6 +154,8 @@ class Capacity:
         yield from (replace(habit, estimate=index) for index in range(len(tuning.levels_s)))
         yield from (replace(habit, idle=idle) for idle in tuning.idles)
         yield from (replace(habit, hold_s=hold, clear_s=clear) for hold in tuning.holds_s for clear in tuning.clears_s)
+        waits_s = [part * self._limit_s() for part in tuning.patiences]
+        yield from (replace(habit, share=share, patience_s=wait_s) for share in tuning.shares for wait_s in waits_s)
 
     # ---- what is needed ----
 
@@ -178,8 +184,9 @@ class Capacity:
             return 0, f"nothing has come for {idle_s:.0f} s"
         waiting = _backlog(reading, self.target.slots)
         rate = self._forecasts[self.habit.estimate].ahead(self._lead_s).mean
-        needed = self._needs(self.habit.estimate)
-        clearing = self.habit.clearing(waiting * self._load(1.0).service.mean_s, self.target.slots)
+        needed = self.habit.following(self._needs(self.habit.estimate))
+        width = reading.ready * self.target.slots
+        clearing = self.habit.clearing(waiting * self._load(1.0).service.mean_s, width, self.target.slots)
         floor = self.habit.floor_at(reading.arrivals_per_s if reading.arrived is None else reading.arrived)
         limit_s = self._limit_s()
         why = (
@@ -215,7 +222,10 @@ class Capacity:
         return self._needed[step]
 
     def _search(self, load: Load) -> int:
-        limit_s, allowed = self._limit_s(), 1 - self.target.percentile
+        limit_s = self._limit_s()
+        # As `share_late` counts them: where service alone is late too often, no number of replicas would do.
+        alone = sum(weight for taken_s, weight in load.service.points if taken_s > limit_s)
+        allowed = max(1 - self.target.percentile, LEAST_SLACK * alone)
         low, high = 1, max(1, self.target.maximum)
         while low < high:
             middle = (low + high) // 2

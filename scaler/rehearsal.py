@@ -15,7 +15,10 @@ from functools import partial
 
 from scaler.queueing import Service
 
-_LEAST_SLACK = 1.05
+LEAST_SLACK = 1.05
+"""So much more lateness is allowed than service alone causes, where that is too much already."""
+_EPISODE_S = 300.0
+"""What was late within so long a time came of one burst."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Past:
 class Habit:
     """How to go on: which of the estimates to follow, how long to keep what was wanted, in what time to clear a queue.
 
-    `floor`: how many at least; that share of them, `idle`, while nothing arrives.
+    `share`: how much of what the estimate asks for is followed; the queue makes up for the rest. `patience_s`: a wait
+    that is left alone. `floor`: how many at least; that share of them, `idle`, while nothing arrives.
     """
 
     estimate: int
@@ -43,14 +47,20 @@ class Habit:
     clear_s: float
     idle: float = 1.0
     floor: int = 0
+    share: float = 1.0
+    patience_s: float = 0.0
 
     def floor_at(self, requests: float) -> int:
         """The floor after a stretch with so many requests."""
         return self.floor if requests > 0 else math.ceil(self.idle * self.floor)
 
-    def clearing(self, backlog_s: float, slots: int) -> int:
-        """Replicas that work off so many seconds of one slot in time."""
-        return math.ceil(backlog_s / self.clear_s / slots)
+    def following(self, needed: int) -> int:
+        """The replicas of an estimate's."""
+        return math.ceil(self.share * needed)
+
+    def clearing(self, backlog_s: float, width: float, slots: int) -> int:
+        """Replicas that work off in time what so many seconds of one slot are beyond patience; `width` slots serve."""
+        return math.ceil(max(0.0, backlog_s - self.patience_s * width) / self.clear_s / slots)
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,17 @@ class Terms:
 
 @dataclass(frozen=True)
 class Played:
-    """What a habit would have done: the share of requests late, and replica-seconds."""
+    """What a habit would have done: requests late, and late beside the worst burst, as shares; replica-seconds."""
 
     late: float
     replica_s: float
+    late_again: float
 
 
 def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, most_late: float = math.inf) -> Played:
     """Play the past again; linear in its length. With more than `most_late` requests late it is given up."""
-    backlog_s = late = requests = cost = now_s = 0.0
+    backlog_s = late = worst = episode = requests = cost = now_s = 0.0
+    episode_ends_s = -math.inf
     always_late = service.beyond(terms.slo_s)
     kept: deque[tuple[float, int]] = deque()  # ever smaller numbers, with when they were last wanted
     serving: deque[tuple[float, int]] = deque()  # the same, of those whose lead time is over
@@ -89,20 +101,29 @@ def play(past: Sequence[Past], habit: Habit, service: Service, terms: Terms, mos
         left_s = max(0.0, backlog_s + stretch.work_s - serves * terms.slots * stretch.length_s)
         if stretch.requests:
             wait_s = (backlog_s + left_s) / 2 / width
-            late += stretch.requests * (service.beyond(terms.slo_s - wait_s) if wait_s > 0 else always_late)
+            missed = stretch.requests * (service.beyond(terms.slo_s - wait_s) if wait_s > 0 else always_late)
+            if wait_s > 0 and now_s >= episode_ends_s:
+                episode, episode_ends_s = 0.0, now_s + _EPISODE_S
+            if now_s < episode_ends_s:
+                episode += missed
+                worst = max(worst, episode)
+            late += missed
             requests += stretch.requests
-            if late > most_late:
-                return Played(1.0, math.inf)
+            if late - worst > most_late:
+                return Played(1.0, math.inf, 1.0)
         backlog_s = left_s
         now_s += stretch.length_s
-        wanted = stretch.demands[habit.estimate] + habit.clearing(backlog_s, terms.slots)
+        wanted = habit.following(stretch.demands[habit.estimate])
+        if backlog_s > 0:
+            wanted += habit.clearing(backlog_s, width, terms.slots)
         wanted = min(terms.maximum, max(habit.floor_at(stretch.requests), wanted))
         _push(kept, now_s, wanted)
         _forget(kept, now_s - habit.hold_s)
         coming.append((now_s, wanted))
         ordered = kept[0][1]
         cost += ordered * stretch.length_s
-    return Played(late / requests if requests else 0.0, cost)
+    total = max(requests, 1e-9)
+    return Played(late / total, cost, (late - worst) / total)
 
 
 def _push(window: deque[tuple[float, int]], at_s: float, count: int) -> None:
@@ -117,35 +138,45 @@ def _forget(window: deque[tuple[float, int]], before_s: float) -> None:
 
 
 def cheapest(past: Sequence[Past], habits: Iterable[Habit], service: Service, terms: Terms) -> Habit:
-    """The habit, with its smallest sufficient floor, that would have cost least; the maximum where none suffices.
+    """The habit that would have cost least, with its smallest sufficient floor; the maximum where none suffices.
 
-    The search begins at the floor that each habit has, which is where it mostly ends.
+    It is then given the floor that suffices without the worst burst: what came once in that time is not kept for. The
+    search begins at the floor that each habit has, which is where it mostly ends.
     """
-    allowed = max(terms.allowed_late, _LEAST_SLACK * service.beyond(terms.slo_s))
+    allowed = max(terms.allowed_late, LEAST_SLACK * service.beyond(terms.slo_s))
     most_late = allowed * sum(stretch.requests for stretch in past)
 
-    def cost(habit: Habit, floor: int) -> float:
-        """Replica-seconds; infinite if too much would have been late."""
-        return play(past, replace(habit, floor=floor), service, terms, most_late).replica_s
+    def played(habit: Habit, floor: int) -> Played:
+        return play(past, replace(habit, floor=floor), service, terms, most_late)
 
-    def suffices(habit: Habit, floor: int) -> bool:
-        return cost(habit, floor) < math.inf
+    def always(habit: Habit, floor: int) -> bool:
+        return played(habit, floor).late <= allowed
+
+    def but_once(habit: Habit, floor: int) -> bool:
+        return played(habit, floor).late_again <= allowed
 
     chosen, least = None, math.inf
     for habit in habits:
-        low, high = _bracket(partial(suffices, habit), habit.floor, terms.maximum)
-        while low < high:
-            middle = (low + high) // 2
-            if suffices(habit, middle):
-                high = middle
-            else:
-                low = middle + 1
-        spent = cost(habit, low)
+        floor = _smallest(partial(always, habit), habit.floor, terms.maximum)
+        tried = played(habit, floor)
+        spent = tried.replica_s if tried.late <= allowed else math.inf
         if chosen is None or spent < least:
-            chosen, least = replace(habit, floor=low), spent
+            chosen, least = replace(habit, floor=floor), spent
     if chosen is None:
         raise ValueError("no habit to choose from")
-    return chosen
+    return replace(chosen, floor=_smallest(partial(but_once, chosen), chosen.floor, terms.maximum))
+
+
+def _smallest(suffices: Callable[[int], bool], guess: int, maximum: int) -> int:
+    """The smallest floor that suffices; the maximum if none does."""
+    low, high = _bracket(suffices, guess, maximum)
+    while low < high:
+        middle = (low + high) // 2
+        if suffices(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _bracket(suffices: Callable[[int], bool], floor: int, maximum: int) -> tuple[int, int]:

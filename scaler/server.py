@@ -163,7 +163,7 @@ def _replicas(settings: Settings, client: httpx.Client) -> Replicas:
         return ListedReplicas(settings.replicas, client)
     from scaler.kubernetes_replicas import connect  # takes a second to import, and local runs do without
 
-    return connect()
+    return connect(settings.power_nodes)
 
 
 def _credentials(tls: Tls) -> grpc.ServerCredentials:

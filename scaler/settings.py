@@ -14,7 +14,7 @@ from scaler.errors import SettingsError
 KUBERNETES = "kubernetes"
 KEYS = (
     *("SCALER_HOST", "SCALER_PORT", "SCALER_METRICS_PORT", "SCALER_REPLICAS", "SCALER_POLL_MS", "SCALER_FORGET_MS"),
-    *("SCALER_MAX_TRIGGERS", "SCALER_MAX_STREAMS", "SCALER_DRAIN_MS"),
+    *("SCALER_MAX_TRIGGERS", "SCALER_MAX_STREAMS", "SCALER_DRAIN_MS", "SCALER_POWER_NODES"),
     *("SCALER_TLS_CERT_FILE", "SCALER_TLS_KEY_FILE", "SCALER_TLS_CLIENT_CA_FILE"),
 )
 # Kubernetes announces a Service named `scaler` as SCALER_PORT=tcp://10.1.2.3:6000, SCALER_SERVICE_HOST, …
@@ -35,6 +35,7 @@ class Tls:
 class Settings:
     """`replicas` is `kubernetes`, or a file or address that says which replicas there are (see `replicas`).
 
+    `power_nodes`: label selector of the nodes whose power bounds the replicas; empty: none are asked.
     Port 0 takes a free one. A trigger is forgotten when nobody asked for it for `forget_s`.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     port: int = 6000
     metrics_port: int = 6001
     replicas: str = KUBERNETES
+    power_nodes: str = ""
     poll_s: float = 5.0
     forget_s: float = 600.0
     max_triggers: int = 64
@@ -59,6 +61,7 @@ class Settings:
             port=values.integer("SCALER_PORT", cls.port, 0, 65535),
             metrics_port=values.integer("SCALER_METRICS_PORT", cls.metrics_port, 0, 65535),
             replicas=values.text("SCALER_REPLICAS", cls.replicas),
+            power_nodes=values.text("SCALER_POWER_NODES", cls.power_nodes),
             poll_s=values.integer("SCALER_POLL_MS", int(cls.poll_s * 1000), 50, 600_000) / 1000,
             forget_s=values.integer("SCALER_FORGET_MS", int(cls.forget_s * 1000), 1000, 86_400_000) / 1000,
             max_triggers=values.integer("SCALER_MAX_TRIGGERS", cls.max_triggers, 1, 1024),

@@ -96,6 +96,12 @@ def test_committed_files_are_those_that_the_command_writes(stack):
         assert (TREE / name).read_text("utf-8") == text, f"{name}: run `edgecascade kubernetes render --kustomize`"
 
 
+def with_power(read):
+    """A folder `mine` besides: the base with the component for nodes' power."""
+    text = "kind: Kustomization\nnamespace: edgecascade\nresources: [../base]\ncomponents: [../power]\n"
+    return lambda path: text if str(path) == "mine/kustomization.yaml" else read(path)
+
+
 def test_every_file_of_the_tree_is_used_and_every_file_used_is_there(stack):
     asked = set()
 
@@ -105,6 +111,7 @@ def test_every_file_of_the_tree_is_used_and_every_file_used_is_there(stack):
 
     for name in overlays():
         build(read, f"overlays/{name}")
+    build(with_power(read), "mine")  # whoever has nodes that say what they allow adds the component
     here = {name for name in whole(stack) if name != RULES}  # for those without the operator
     assert asked == here
 
@@ -242,6 +249,18 @@ def test_pods_run_as_an_ordinary_user_who_may_write_nowhere_but_tmp(rendered):
                 assert container["imagePullPolicy"] == "IfNotPresent"
                 writable = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
                 assert writable == ["/tmp"]  # noqa: S108 - as the path in a container
+
+
+def test_the_power_component_lets_the_scaler_list_nodes_and_nothing_more():
+    made = build(with_power(folder(TREE, {})), "mine")
+    (role,) = [manifest for manifest in made if manifest["kind"] == "ClusterRole"]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
+    (binding,) = [manifest for manifest in made if manifest["kind"] == "ClusterRoleBinding"]
+    account = next(m for m in made if m["kind"] == "ServiceAccount")
+    names = {key: account["metadata"][key] for key in ("name", "namespace")}
+    assert binding["subjects"] == [{"kind": "ServiceAccount", **names}]
+    environment = pods(made)["edgecascade-scaler"]["containers"][0]["env"]
+    assert {"name": "SCALER_POWER_NODES", "value": "edgecascade.io/site=edge"} in environment
 
 
 def test_the_scaler_looks_and_touches_nothing(rendered):

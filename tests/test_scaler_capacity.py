@@ -122,6 +122,12 @@ def test_a_service_that_misses_the_slo_alone_says_so_and_is_not_answered_with_al
     assert decision.replicas < TARGET.maximum
 
 
+@pytest.mark.parametrize("percentile", [0.5, 0.7, 0.8, 0.9, 0.95, 0.99])
+def test_a_slow_service_is_not_answered_with_all_there_is_at_any_percentile(percentile):
+    slow = reading(rate=0.2, service_s=9.0, service_scv=0.94, ready=4)
+    assert Capacity(replace(TARGET, percentile=percentile)).decide(slow).replicas < 20
+
+
 def test_a_queue_asks_for_more_and_power_caps_it():
     waiting = reading(queued=50.0, in_flight=60.0)
     assert Capacity(TARGET).decide(waiting).replicas > Capacity(TARGET).decide(reading()).replicas
@@ -185,6 +191,18 @@ def test_bursts_that_are_over_before_an_order_serves_are_kept_for():
     for i in range(360):
         steady.decide(reading(5.0 * i, 0.2, arrived=1.0, ready=2))
     assert steady.habit.floor < 4
+
+
+def test_one_step_in_a_short_past_is_not_taken_for_one_of_many():
+    """A minute at 6 requests/s after nothing, then one in two seconds: the first rehearsals come in the quiet."""
+    capacity = Capacity(Target(slo_s=1.5, percentile=0.95, minimum=0, maximum=6))
+    wanted = []
+    for i in range(80):
+        arrived = 30.0 if 2 <= i < 14 else 2.5
+        look = reading(5.0 * i, arrived / 5, arrived=arrived, ready=1, service_s=0.4, latency_s=0.6)
+        wanted.append(capacity.decide(look).replicas)
+    assert max(wanted[2:14]) >= 4
+    assert max(wanted[50:]) <= 2
 
 
 def test_the_estimate_agrees_with_erlang_and_with_one_server():

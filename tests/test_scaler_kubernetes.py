@@ -103,3 +103,45 @@ def test_without_a_cluster_the_start_stops(monkeypatch, tmp_path):
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(Path(tmp_path, "none")))
     with pytest.raises(SettingsError, match="neither a service account nor a kubeconfig"):
         connect()
+
+
+def node(name, allowed=None, ready=True, **spec):
+    annotations = {} if allowed is None else {"edgecascade.io/power-ceiling": allowed}
+    conditions = [{"type": "Ready", "status": "True" if ready else "Unknown"}]
+    return {"metadata": {"name": name, "annotations": annotations}, "spec": spec, "status": {"conditions": conditions}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ceiling"),
+    [
+        ([node("a", "3"), node("b", "0"), node("c", "2")], 5),
+        ([node("a", "3"), node("gone", "9", ready=False), node("closed", unschedulable=True)], 3),
+        ([node("a", "3"), node("silent")], None),
+        ([node("a", "3"), node("mistaken", "many")], None),
+        ([], None),
+    ],
+)
+def test_what_nodes_allow_is_a_ceiling_where_all_of_them_say(kubeconfig, nodes, ceiling):
+    asked = []
+
+    def api(path):
+        asked.append(path)
+        found = ("NodeList", nodes) if "/nodes?" in path else ("PodList", PODS)
+        return 200, json.dumps({"kind": found[0], "apiVersion": "v1", "items": found[1]})
+
+    with http_server(api) as url:
+        kubeconfig(url)
+        assert connect("edgecascade.io/site=edge").of("edge", "openfaas-fn").power_ceiling == ceiling
+        assert "labelSelector=edgecascade.io" in asked[1]
+        assert connect().of("edge", "openfaas-fn").power_ceiling is None
+    assert len(asked) == 3
+
+
+def test_nodes_that_may_not_be_listed_are_an_error(kubeconfig):
+    def api(path):
+        return (403, "{}") if "/nodes?" in path else (200, json.dumps({"kind": "PodList", "items": PODS}))
+
+    with http_server(api) as url:
+        kubeconfig(url)
+        with pytest.raises(SourceError, match=r"does not list the nodes 'site=edge' \(403\)"):
+            connect("site=edge").of("edge", "openfaas-fn")

@@ -2,11 +2,15 @@
 
 import csv
 import json
+import math
 import random
 import statistics
+from itertools import accumulate
 
 import pytest
 import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bench.errors import BenchError, TraceFileError
@@ -18,15 +22,15 @@ from bench.simulate.policies import Fixed
 from bench.simulate.pool import Job, Pool
 from bench.simulate.report import traces
 from bench.simulate.scale import Machine, Setting, Site, run
+from bench.simulate.tier import Requests, Tier
 from bench.simulate.tune import cost_at, grids, hull, late_at, tuned, verdict
 from edgecascade import app
 from scaler.queueing import chance_to_wait
 from scaler.values import Target
 
 
-def mean_wait(servers, rate, service, seed, count):
-    """Mean wait of `count` Poisson arrivals; `service` draws from a random generator."""
-    rng = random.Random(seed)
+def pool_waits(servers, rate, service, rng, count):
+    """Waits of `count` Poisson arrivals on simpy's clock; `service` draws from a random generator."""
     env = simpy.Environment()
     pool = Pool(env, 1, 0.0)
     pool.start(servers, warm=True)
@@ -39,20 +43,71 @@ def mean_wait(servers, rate, service, seed, count):
 
     env.timeout(0).callbacks.append(arrive)
     env.run()
-    return statistics.fmean(waits)
+    return waits
 
 
-def test_an_m_m_c_queue_waits_as_erlang_says():
+def tier_waits(servers, rate, service, rng, count):
+    """The same without a calendar."""
+    at_s = list(accumulate(rng.expovariate(rate) for _ in range(count)))
+    requests = Requests(at_s, [service(rng) for _ in range(count)], [0] * count)
+    tier = Tier(requests, 1, 0.0)
+    tier.start(servers, warm=True)
+    tier.run(math.inf)
+    rows = zip(at_s, requests.service_s, tier.done_s, strict=True)
+    return [done_s - taken_s - came_s for came_s, taken_s, done_s in rows]
+
+
+def mean_wait(waits, count, servers, rate, service, seeds):
+    return statistics.fmean(
+        statistics.fmean(waits(servers, rate, service, random.Random(seed), count)) for seed in range(seeds)
+    )
+
+
+@pytest.mark.parametrize(("waits", "count"), [(pool_waits, 60_000), (tier_waits, 240_000)])
+def test_an_m_m_c_queue_waits_as_erlang_says(waits, count):
     servers, rate = 4, 2.8
     expected = chance_to_wait(servers, rate) / (servers - rate)
-    found = statistics.fmean(mean_wait(servers, rate, lambda r: r.expovariate(1.0), seed, 60_000) for seed in range(8))
+    found = mean_wait(waits, count, servers, rate, lambda r: r.expovariate(1.0), 8)
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_an_m_d_1_queue_waits_as_pollaczek_and_khinchine_say():
+@pytest.mark.parametrize(("waits", "count"), [(pool_waits, 60_000), (tier_waits, 240_000)])
+def test_an_m_d_1_queue_waits_as_pollaczek_and_khinchine_say(waits, count):
     expected = 0.6 / (2 * (1 - 0.6))
-    found = statistics.fmean(mean_wait(1, 0.6, lambda _: 1.0, seed, 60_000) for seed in range(5))
-    assert found == pytest.approx(expected, rel=0.02)
+    assert mean_wait(waits, count, 1, 0.6, lambda _: 1.0, 5) == pytest.approx(expected, rel=0.02)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 3.0), st.floats(0.01, 20.0)), max_size=60),
+    st.lists(st.integers(-4, 4), min_size=1, max_size=15),
+    st.integers(1, 3),
+)
+@settings(deadline=None)
+def test_a_tier_is_a_pool_without_a_calendar(gaps, changes, slots):
+    """Polls every 10 s start and stop replicas: both serve each request at the same time, at the same cost."""
+    at_s = list(accumulate(gap_s + 1e-4 for gap_s, _ in gaps))
+    service_s = [seconds for _, seconds in gaps]
+    env = simpy.Environment()
+    pool, tier = Pool(env, slots, 7.3), Tier(Requests(at_s, service_s, [0] * len(at_s)), slots, 7.3)
+    jobs = [Job(*one) for one in zip(at_s, service_s, strict=True)]
+    for job in jobs:
+        env.timeout(job.at_s, job).callbacks.append(lambda event: pool.submit(event.value))
+    pool.start(1, warm=True)
+    tier.start(1, warm=True)
+    for number, change in enumerate(changes, 1):
+        env.run(10.0 * number)
+        tier.run(10.0 * number)
+        pool.count()
+        assert (tier.queued, tier.running, tier.ready) == (len(pool.queue), pool.running, pool.ready)
+        assert (tier.replica_s, tier.busy_s) == pytest.approx((pool.replica_s, pool.busy_s))
+        for side in (pool, tier):
+            if change > 0:
+                side.start(change)
+            else:
+                side.stop(min(-change, len(side.replicas) - 1))
+    env.run()
+    tier.run(1e6)
+    assert tier.done_s == pytest.approx([job.done_s for job in jobs])
 
 
 def test_replicas_start_late_stop_softly_and_die_hard():

@@ -13,16 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import simpy
 
-from bench.simulate.look import Gatherer
+from bench.simulate.look import Answered, Now, reading
 from bench.simulate.pool import Job, Pool
 from routing.policy import Policy
-from routing.power import Power, PowerLimits, Reading, next_power
+from routing.power import Power, PowerLimits, next_power
+from routing.power import Reading as PowerReading
 from routing.route import route
 from routing.values import Answer, Conditions, Failure, Kind, Observed, Pending, Request, Step
 from scaler.capacity import Capacity, Tuning
-from scaler.values import Target
+from scaler.values import Reading, Target
 
 _DAY_S = 86_400.0
 _SKILL = "assistant"
@@ -99,10 +101,9 @@ class Site:
         ]
         # A day has thousands of polls on each of many sites: the past is rehearsed twice an hour.
         self.capacity = Capacity(plan.target, Tuning(memory_s=3600.0, review_s=1800.0, interval_s=plan.poll_s))
-        self.gatherer = Gatherer(self.pool, 2 * plan.poll_s, plan.target.percentile)
         self.edge_ms = plan.edge_ms + plan.network_ms
         self.drained = 0
-        self._replica_s = 0.0
+        self._submitted = 0
 
     def placed(self) -> int:
         """The node that runs the fewest replicas of those that are up."""
@@ -117,13 +118,30 @@ class Site:
         """Drain batteries, then size the pool; returns the requests that a drained node lost."""
         lost = self._drain()
         ceiling = self.ceiling()
-        decided = self.capacity.decide(self.gatherer.look(ceiling).reading).replicas
+        decided = self.capacity.decide(self._look(ceiling)).replicas
         wanted, current = min(decided, ceiling), len(self.pool.replicas)
         if wanted > current:
             self.pool.start(wanted - current, self.placed)
         elif wanted < current:
             self.pool.stop(current - wanted)
         return lost
+
+    def _look(self, ceiling: int) -> Reading:
+        """What the pool has done in the last two polls."""
+        pool, now_s = self.pool, self.pool.env.now
+        pool.count()
+        window_s = 2 * self.plan.poll_s
+        while pool.arrived and pool.arrived[0] < now_s - window_s:
+            pool.arrived.popleft()
+        while pool.finished and pool.finished[0].done_s < now_s - window_s:
+            pool.finished.popleft()
+        rows = [(job.at_s, job.begun_s, job.done_s, job.tokens) for job in pool.finished]
+        answered = Answered(*np.array(rows, float).reshape(-1, 4).T)
+        ready, arrived, self._submitted = pool.ready, pool.submitted - self._submitted, pool.submitted
+        window_s = min(window_s, max(now_s, 1.0))
+        starting = len(pool.replicas) - ready
+        now = Now(now_s, window_s, len(pool.queue), pool.running, ready, starting, arrived, ceiling)
+        return reading(now, np.array(pool.arrived), answered, self.plan.target.percentile)
 
     def _drain(self) -> list[Job]:
         used = Counter(replica.node for replica in self.pool.replicas)
@@ -229,7 +247,7 @@ class Fleet:
         plan = self.plan
         spent = device.spent_j + self.env.now * plan.device_idle_watts
         level = max(0.0, 1 - spent / device.battery_j)
-        device.power = next_power(self.limits, device.power, [Reading("model", self.env.now, level)], self.env.now)
+        device.power = next_power(self.limits, device.power, [PowerReading("model", self.env.now, level)], self.env.now)
         self.tally.requests += 1
         Asked(self, device).go()
 

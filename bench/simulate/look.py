@@ -1,111 +1,167 @@
-"""What a poll sees of a pool: the reading that capacity takes, and what other autoscalers go by."""
+"""What a poll sees of a tier: the reading that capacity takes, and what other autoscalers go by."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cached_property
 
-from bench.simulate.pool import Job, Pool
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.simulate.tier import Tier
 from scaler.values import Reading
 
+STABLE_S, PANIC_S = 60.0, 6.0
 _LEAST_FOR_SPREAD = 3
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Requests that were answered in a window: when they came, were taken up and were answered, their tokens."""
+
+    at_s: Seconds
+    begun_s: Seconds
+    done_s: Seconds
+    tokens: Seconds
+
+    def __len__(self) -> int:
+        return len(self.done_s)
+
+
+@dataclass(frozen=True)
+class Now:
+    """How things stand at a poll; `arrived` since the one before."""
+
+    at_s: float
+    window_s: float
+    queued: int
+    running: int
+    ready: int
+    starting: int
+    arrived: int
+    power_ceiling: int | None = None
+
+
+def reading(now: Now, came_s: Seconds, done: Answered, percentile: float) -> Reading:
+    """What capacity is told; `came_s` and `done` are of the window."""
+    service_s, service_scv = _spread(done.done_s - done.begun_s)
+    _, arrivals_scv = _spread(np.diff(came_s))
+    latencies = np.sort(done.done_s - done.at_s)
+    return Reading(
+        at_s=now.at_s,
+        arrivals_per_s=len(came_s) / now.window_s,
+        arrivals_scv=arrivals_scv,
+        in_flight=now.queued + now.running,
+        queued=now.queued,
+        queue_wait_s=float(np.mean(done.begun_s - done.at_s)) if len(done) else None,
+        service_s=service_s,
+        service_scv=service_scv,
+        latency_s=float(latencies[min(len(done) - 1, int(percentile * len(done)))]) if len(done) else None,
+        tokens_per_request=float(np.mean(done.tokens)) if len(done) else None,
+        ready=now.ready,
+        starting=now.starting,
+        power_ceiling=now.power_ceiling,
+        arrived=now.arrived,
+    )
+
+
+def _spread(values: Seconds) -> tuple[float | None, float | None]:
+    """Mean and squared coefficient of variation; the latter needs three values."""
+    if not len(values):
+        return None, None
+    mean = float(values.mean())
+    if len(values) < _LEAST_FOR_SPREAD or mean <= 0:
+        return mean, None
+    return mean, float(values.var()) / mean**2
+
+
+class Gatherer:
+    """Polls a tier; signals are over `window_s`. A look is to be used before time goes on: it reads when asked."""
+
+    def __init__(self, tier: Tier, window_s: float, percentile: float) -> None:
+        self.tier = tier
+        self.window_s = window_s
+        self.percentile = percentile
+        self.oldest = 0
+        self._busy_s = 0.0
+        self._at_s = 0.0
+        self._came = 0
+
+    def look(self) -> Look:
+        """Poll now."""
+        tier = self.tier
+        busy_s = tier.busy_s
+        look = Look(self, tier.came - self._came, busy_s - self._busy_s, tier.now_s - self._at_s)
+        self._came, self._busy_s, self._at_s = tier.came, busy_s, tier.now_s
+        self._forget(tier.now_s - max(self.window_s, STABLE_S))
+        return look
+
+    def _forget(self, before_s: float) -> None:
+        """Move `oldest` past the requests that were answered before; those begun later may have been, too."""
+        done_s = self.tier.done_s
+        while self.oldest < len(done_s) and done_s[self.oldest] < before_s:
+            self.oldest += 1
 
 
 @dataclass(frozen=True)
 class Look:
-    """One poll. `utilisation` is the share of ready slots that were busy since the last one.
+    """One poll: requests that came, seconds that slots worked, and seconds that passed since the last one."""
 
-    `concurrency` and `panic` are requests in flight in the mean over 60 s and over 6 s, as Knative takes them.
-    """
+    gatherer: Gatherer
+    arrived: int
+    busy_s: float
+    passed_s: float
 
-    reading: Reading
-    utilisation: float
-    concurrency: float
-    panic: float
+    @property
+    def at_s(self) -> float:
+        """When."""
+        return self.gatherer.tier.now_s
 
+    @cached_property
+    def ready(self) -> int:
+        """Replicas that serve."""
+        return self.gatherer.tier.ready
 
-STABLE_S, PANIC_S = 60.0, 6.0
+    @property
+    def utilisation(self) -> float:
+        """The share of ready slots that were busy since the last poll."""
+        return self.busy_s / (max(self.passed_s, 1e-9) * max(1, self.ready) * self.gatherer.tier.slots)
 
+    @property
+    def concurrency(self) -> float:
+        """Requests in flight in the mean over 60 s, as Knative takes them."""
+        return self._mean_flight(STABLE_S)
 
-class Gatherer:
-    """Polls a pool; signals are over `window_s`."""
+    @property
+    def panic(self) -> float:
+        """The same over 6 s."""
+        return self._mean_flight(PANIC_S)
 
-    def __init__(self, pool: Pool, window_s: float, percentile: float) -> None:
-        self.pool = pool
-        self.window_s = window_s
-        self.percentile = percentile
-        self._busy_s = 0.0
-        self._at_s = 0.0
-        self._submitted = 0
+    @cached_property
+    def reading(self) -> Reading:
+        """What capacity takes."""
+        tier, now_s = self.gatherer.tier, self.at_s
+        window_s = min(self.gatherer.window_s, max(now_s, 1.0))
+        since_s = now_s - self.gatherer.window_s
+        now = Now(now_s, window_s, tier.queued, tier.running, self.ready, len(tier.replicas) - self.ready, self.arrived)
+        times, services = tier.requests.times, tier.requests.services
+        came_s = times[np.searchsorted(times[: tier.came], since_s) : tier.came]
+        chosen = np.arange(self.gatherer.oldest, tier.begun)
+        done_s = np.array(tier.done_s[self.gatherer.oldest :])
+        inside = (done_s >= since_s) & (done_s < now_s)
+        chosen, done_s = chosen[inside], done_s[inside]
+        answered = Answered(times[chosen], done_s - services[chosen], done_s, tier.requests.tokens[chosen])
+        return reading(now, came_s, answered, self.gatherer.percentile)
 
-    def look(self, power_ceiling: int | None = None) -> Look:
-        """Poll now."""
-        pool, now_s = self.pool, self.pool.env.now
-        pool.count()
-        since_s = now_s - self.window_s
-        while pool.arrived and pool.arrived[0] < since_s:
-            pool.arrived.popleft()
-        while pool.finished and pool.finished[0].done_s < since_s:
-            pool.finished.popleft()
-        ready = pool.ready
-        reading = _reading(pool, now_s, min(self.window_s, max(now_s, 1.0)), self.percentile, ready, power_ceiling)
-        reading = replace(reading, arrived=pool.submitted - self._submitted)
-        self._submitted = pool.submitted
-        passed_s = max(now_s - self._at_s, 1e-9)
-        utilisation = (pool.busy_s - self._busy_s) / (passed_s * max(1, ready) * pool.slots)
-        self._busy_s, self._at_s = pool.busy_s, now_s
-        look = Look(reading, utilisation, _mean_flight(pool, STABLE_S), _mean_flight(pool, PANIC_S))
-        while len(pool.flight) > 2 and pool.flight[1][0] < now_s - STABLE_S:  # noqa: PLR2004  # one before, one after
-            pool.flight.popleft()
-        return look
-
-
-def _reading(
-    pool: Pool, now_s: float, window_s: float, percentile: float, ready: int, power_ceiling: int | None
-) -> Reading:
-    done: Sequence[Job] = pool.finished
-    service_s, service_scv = _spread([job.done_s - job.begun_s for job in done])
-    arrived = list(pool.arrived)
-    _, arrivals_scv = _spread([later - earlier for earlier, later in pairwise(arrived)])
-    latencies = sorted(job.done_s - job.at_s for job in done)
-    return Reading(
-        at_s=now_s,
-        arrivals_per_s=len(arrived) / window_s,
-        arrivals_scv=arrivals_scv,
-        in_flight=pool.in_flight,
-        queued=len(pool.queue),
-        queue_wait_s=sum(job.begun_s - job.at_s for job in done) / len(done) if done else None,
-        service_s=service_s,
-        service_scv=service_scv,
-        latency_s=latencies[min(len(latencies) - 1, int(percentile * len(latencies)))] if latencies else None,
-        tokens_per_request=sum(job.tokens for job in done) / len(done) if done else None,
-        ready=ready,
-        starting=len(pool.replicas) - ready,
-        power_ceiling=power_ceiling,
-    )
-
-
-def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and squared coefficient of variation; the latter needs three values."""
-    if not values:
-        return None, None
-    mean = sum(values) / len(values)
-    if len(values) < _LEAST_FOR_SPREAD or mean <= 0:
-        return mean, None
-    return mean, sum((value - mean) ** 2 for value in values) / len(values) / mean**2
-
-
-def _mean_flight(pool: Pool, window_s: float) -> float:
-    """Requests in flight in the mean over the last seconds, from their integral."""
-    now_s, total = pool.flight[-1]
-    since_s = max(0.0, now_s - window_s)
-    if now_s <= since_s:
-        return float(pool.in_flight)
-    times = pool.flight
-    at = bisect_left(times, (since_s, -1.0))
-    before, after = times[max(0, at - 1)], times[min(at, len(times) - 1)]
-    gap_s = after[0] - before[0]
-    begun = after[1] if gap_s <= 0 else before[1] + (after[1] - before[1]) * (since_s - before[0]) / gap_s
-    return (total - begun) / (now_s - since_s)
+    def _mean_flight(self, window_s: float) -> float:
+        tier, now_s = self.gatherer.tier, self.at_s
+        since_s = max(0.0, now_s - window_s)
+        if now_s <= since_s:
+            return float(tier.in_flight)
+        begin_s = np.maximum(tier.requests.times[self.gatherer.oldest : tier.came], since_s)
+        end_s = np.full(len(begin_s), now_s)
+        done_s = np.array(tier.done_s[self.gatherer.oldest :])
+        end_s[: len(done_s)] = np.minimum(done_s, now_s)
+        return float(np.maximum(end_s - begin_s, 0.0).sum()) / (now_s - since_s)

@@ -10,11 +10,11 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from bench.simulate.look import STABLE_S, Look
-from bench.simulate.pool import Job, Pool
+from bench.simulate.tier import Tier
 from scaler.capacity import Capacity
 from scaler.values import Target
 
@@ -48,7 +48,7 @@ class Cpu:
 
     def wanted(self, look: Look) -> float:
         """As the HPA's formula says."""
-        return max(1, look.reading.ready) * look.utilisation / self.target
+        return max(1, look.ready) * look.utilisation / self.target
 
 
 @dataclass
@@ -59,7 +59,7 @@ class P95:
 
     def wanted(self, look: Look) -> float:
         """As the HPA's formula says."""
-        return max(1, look.reading.ready) * (look.reading.latency_s or 0.0) / self.threshold_s
+        return max(1, look.ready) * (look.reading.latency_s or 0.0) / self.threshold_s
 
 
 @dataclass
@@ -73,8 +73,8 @@ class Concurrency:
     def wanted(self, look: Look) -> float:
         """Stable, or panic."""
         stable, panic = look.concurrency / self.target, look.panic / self.target
-        now_s = look.reading.at_s
-        if panic >= PANIC_FACTOR * max(1, look.reading.ready):
+        now_s = look.at_s
+        if panic >= PANIC_FACTOR * max(1, look.ready):
             self.panic_until_s = now_s + STABLE_S
         if now_s >= self.panic_until_s:
             self.most = 0.0
@@ -92,8 +92,8 @@ class Queue:
 
     def wanted(self, look: Look) -> float:
         """As the HPA's formula says."""
-        length = look.reading.queued if self.waiting_only else look.reading.in_flight
-        return length / self.threshold
+        tier = look.gatherer.tier
+        return (tier.queued if self.waiting_only else tier.in_flight) / self.threshold
 
 
 @dataclass
@@ -117,48 +117,40 @@ class Oracle:
     It takes the smallest number with which at most a share is late of what comes until the next order takes effect.
     """
 
-    pool: Pool
-    jobs: Sequence[Job]
+    tier: Tier
     target: Target
     share: float
     poll_s: float
-    ahead_s: float = 0.0
-    _times: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Index the future."""
-        self._times = [job.at_s for job in self.jobs]
 
     def wanted(self, look: Look) -> float:
         """By trying."""
-        now_s = look.reading.at_s
-        lead_s = self.target.cold_start_s
-        begin = bisect_left(self._times, now_s)
-        end = bisect_left(self._times, now_s + lead_s + self.poll_s + self.ahead_s)
+        now_s, at_s = look.at_s, self.tier.requests.at_s
+        end = bisect_left(at_s, now_s + self.target.cold_start_s + self.poll_s)
+        ends = self.tier.ends()
         low, high = self.target.minimum, self.target.maximum
         while low < high:
             middle = (low + high) // 2
-            if self._late(middle, now_s, lead_s, begin, end) <= self.share:
+            if self._late(middle, ends, now_s, end) <= self.share:
                 high = middle
             else:
                 low = middle + 1
         return low
 
-    def _late(self, replicas: int, now_s: float, lead_s: float, begin: int, end: int) -> float:
-        slots = self.pool.slots
-        now = [replica for replica in self.pool.replicas if replica.ready][: max(replicas, 0)]
-        free = [job.begun_s + job.service_s for replica in now for job in replica.jobs]
-        free += [now_s] * (len(now) * slots - len(free))
-        free += [now_s + lead_s] * ((replicas - len(now)) * slots)
+    def _late(self, replicas: int, ends: Sequence[float], now_s: float, end: int) -> float:
+        """The share of late ones with so many replicas, of the requests before `end` that an order now can reach."""
+        at_s, service_s = self.tier.requests.at_s, self.tier.requests.service_s
+        serves_s = now_s + self.target.cold_start_s
+        slots = replicas * self.tier.slots
+        free = [max(now_s, end_s) for end_s in ends[:slots]]
+        free += [serves_s] * (slots - len(free))
         if not free:
             return 1.0
         heapq.heapify(free)
         late = counted = 0
-        for job in [*self.pool.queue, *self.jobs[begin:end]]:
-            start_s = max(job.at_s, free[0])
-            done_s = start_s + job.service_s
+        for index in range(self.tier.begun, end):
+            done_s = max(at_s[index], free[0]) + service_s[index]
             heapq.heapreplace(free, done_s)
-            if job.at_s >= now_s + lead_s - self.poll_s:
+            if at_s[index] >= serves_s - self.poll_s:
                 counted += 1
-                late += done_s - job.at_s > self.target.slo_s
+                late += done_s - at_s[index] > self.target.slo_s
         return late / counted if counted else 0.0

@@ -56,7 +56,6 @@ class Pool:
         self._counted_s = 0.0
         self.replica_s = 0.0
         self.busy_s = 0.0
-        self.flight: deque[tuple[float, float]] = deque([(0.0, 0.0)])  # when; seconds × requests in flight until then
 
     # ---- how things stand ----
 
@@ -77,7 +76,6 @@ class Pool:
         if passed_s > 0:
             self.replica_s += passed_s * (len(self.replicas) + self._stopping)
             self.busy_s += passed_s * self.running
-            self.flight.append((now_s, self.flight[-1][1] + passed_s * self.in_flight))
             self._counted_s = now_s
 
     # ---- requests ----
@@ -87,7 +85,7 @@ class Pool:
         self.count()
         self.submitted += 1
         self.arrived.append(job.at_s)
-        if self.running >= self.slots * len(self.replicas) or not self._serve(job):
+        if not self._serve(job):
             self.queue.append(job)
 
     def _serve(self, job: Job) -> bool:

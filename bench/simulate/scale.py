@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
-import simpy
+import numpy as np
+from numpy.typing import NDArray
 
 from bench.simulate.arrivals import Trace
 from bench.simulate.hpa import Hpa
 from bench.simulate.look import Gatherer
 from bench.simulate.policies import Policy
-from bench.simulate.pool import Job, Pool
+from bench.simulate.tier import Requests, Tier
 from scaler.values import Target
 
 START_UTILISATION, START_S = 0.7, 60.0
@@ -31,6 +35,11 @@ class Machine:
         """Seconds a request takes alone."""
         return context / self.reads_per_s + generated / self.writes_per_s
 
+    def requests(self, trace: Trace) -> Requests:
+        """The trace's, as this machine serves them."""
+        served = [self.service_s(a.context, a.generated) for a in trace.arrivals]
+        return Requests([a.at_s for a in trace.arrivals], served, [a.generated for a in trace.arrivals])
+
 
 @dataclass(frozen=True)
 class Site:
@@ -44,11 +53,10 @@ class Site:
 
 @dataclass(frozen=True)
 class World:
-    """What a policy may be made from; only the oracle looks at `jobs`."""
+    """What a policy may be made from; only the oracle looks at what is to come."""
 
     site: Site
-    pool: Pool
-    jobs: Sequence[Job]
+    tier: Tier
 
 
 Make = Callable[[World], Policy]
@@ -92,74 +100,53 @@ class Outcome:
         return self.late / self.requests if self.requests else 0.0
 
 
-def run(trace: Trace, site: Site, setting: Setting, since_s: float = 0.0) -> Outcome:
-    """Simulate; what is not answered at the end is waited for, without cost."""
-    env = simpy.Environment()
-    machine, target = site.machine, site.target
-    pool = Pool(env, target.slots, target.cold_start_s)
-    jobs = [Job(a.at_s, machine.service_s(a.context, a.generated), a.generated) for a in trace.arrivals]
-    first = [job.service_s for job in jobs if job.at_s < START_S]
-    begin = math.ceil(sum(first) / START_S / START_UTILISATION / target.slots)
-    pool.start(min(target.maximum, max(target.minimum, begin)), warm=True)
-    policy = setting.make(World(site, pool, jobs))
-    hpa = Hpa(target.minimum, target.maximum, site.tolerance, setting.stabilisation_s)
-    gatherer = Gatherer(pool, setting.window_s, target.percentile)
-    seen: list[tuple[float, int, int]] = []
-
-    def apply(wanted: float) -> None:
-        current = len(pool.replicas)
-        desired = hpa.replicas(env.now, wanted, current)
-        if desired > current:
-            pool.start(desired - current)
-        elif desired < current:
-            pool.stop(current - desired)
-        seen.append((env.now, len(pool.replicas), pool.in_flight))
-
-    def polls() -> simpy.events.ProcessGenerator:
-        due_s = 0.0
-        while True:
-            wanted = policy.wanted(gatherer.look())
-            if env.now >= due_s - 1e-9:  # sums of seconds
-                apply(wanted)
-                due_s += site.poll_s
-            yield env.timeout(min(setting.gather_s, site.poll_s))
-
-    _arrive(env, pool, jobs)
-    env.process(polls())
-    if since_s > 0:
-        env.run(since_s)
-    pool.count()
-    before = pool.replica_s, pool.busy_s
-    env.run(trace.length_s)
-    pool.count()
-    replica_s, busy_s = pool.replica_s - before[0], pool.busy_s - before[1]
-    while pool.in_flight:
-        env.step()
-    joules = replica_s * machine.idle_watts + busy_s / target.slots * (machine.busy_watts - machine.idle_watts)
-    return _outcome([job for job in jobs if job.at_s >= since_s], site, replica_s, joules, seen)
-
-
-def _arrive(env: simpy.Environment, pool: Pool, jobs: Sequence[Job]) -> None:
-    """Chain the arrivals, so that the calendar holds one of them at a time."""
-    coming = iter(jobs)
-
-    def next_one(event: simpy.Event) -> None:
-        if event.value is not None:
-            pool.submit(event.value)
-        job = next(coming, None)
-        if job is not None:
-            env.timeout(max(0.0, job.at_s - env.now), job).callbacks.append(next_one)
-
-    env.timeout(0).callbacks.append(next_one)
-
-
-def _outcome(
-    jobs: Sequence[Job], site: Site, replica_s: float, joules: float, seen: Sequence[tuple[float, int, int]]
+def run(
+    trace: Trace, site: Site, setting: Setting, since_s: float = 0.0, *, requests: Requests | None = None
 ) -> Outcome:
-    took = sorted(job.done_s - job.at_s for job in jobs)
-    late = sum(seconds > site.target.slo_s for seconds in took)
+    """Simulate; what is not answered at the end is waited for, without cost. `requests` are the trace's, if at hand."""
+    target, machine = site.target, site.machine
+    tier = Tier(requests or machine.requests(trace), target.slots, target.cold_start_s)
+    tier.start(_first_replicas(tier.requests, target), warm=True)
+    policy = setting.make(World(site, tier))
+    hpa = Hpa(target.minimum, target.maximum, site.tolerance, setting.stabilisation_s)
+    gatherer = Gatherer(tier, setting.window_s, target.percentile)
+    gather_s = min(setting.gather_s, site.poll_s)
+    marks, costs, due_s, seen = deque([since_s, trace.length_s]), [], 0.0, []
+    for number in count():
+        now_s = number * gather_s
+        while marks and marks[0] <= now_s:
+            tier.run(marks.popleft())
+            costs.append((tier.replica_s, tier.busy_s))
+        if not marks and not tier.queued:
+            break
+        tier.run(now_s)
+        wanted = policy.wanted(gatherer.look())
+        if now_s >= due_s - 1e-9:  # sums of seconds
+            _resize(tier, hpa.replicas(now_s, wanted, len(tier.replicas)))
+            seen.append((now_s, len(tier.replicas), tier.in_flight))
+            due_s += site.poll_s
+    replica_s, busy_s = (after - before for before, after in zip(*costs, strict=True))
+    joules = replica_s * machine.idle_watts + busy_s / target.slots * (machine.busy_watts - machine.idle_watts)
+    began = bisect_left(tier.requests.at_s, since_s)
+    took_s = np.sort(np.array(tier.done_s[began:]) - tier.requests.times[began:])
+    late = int((took_s > target.slo_s).sum())
+    return Outcome(len(took_s), late, replica_s, joules, _quantile(took_s, 0.5), _quantile(took_s, 0.95), tuple(seen))
 
-    def quantile(share: float) -> float:
-        return took[min(len(took) - 1, int(share * len(took)))] if took else 0.0
 
-    return Outcome(len(jobs), late, replica_s, joules, quantile(0.5), quantile(0.95), tuple(seen))
+def _first_replicas(requests: Requests, target: Target) -> int:
+    """What the first minute takes, begun with warm."""
+    first = requests.service_s[: bisect_left(requests.at_s, START_S)]
+    begin = math.ceil(sum(first) / START_S / START_UTILISATION / target.slots)
+    return min(target.maximum, max(target.minimum, begin))
+
+
+def _resize(tier: Tier, desired: int) -> None:
+    current = len(tier.replicas)
+    if desired > current:
+        tier.start(desired - current)
+    elif desired < current:
+        tier.stop(current - desired)
+
+
+def _quantile(ordered: NDArray[np.float64], share: float) -> float:
+    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) if len(ordered) else 0.0

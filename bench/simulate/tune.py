@@ -19,7 +19,7 @@ from scaler.capacity import Capacity
 
 OURS, ORACLE = "ours", "oracle"
 WINDOWS_S, DOWN_S = (15.0, 60.0), (0.0, 60.0, 300.0)
-PERCENTILES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
+PERCENTILES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999)
 LATE_SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 TENTHS = (4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 25, 30, 35, 40, 50, 60, 80, 100)
 UTILISATIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -102,7 +102,7 @@ def ours(percentile: float) -> Setting:
 
 def _oracle(share: float) -> Setting:
     def make(world: World) -> Oracle:
-        return Oracle(world.pool, world.jobs, world.site.target, share, world.site.poll_s)
+        return Oracle(world.tier, world.site.target, share, world.site.poll_s)
 
     return Setting(ORACLE, (("late", share),), make)
 
@@ -178,9 +178,10 @@ class Tuned:
 def tuned(policy: str, trace: Trace, site: Site, step: Callable[[], None] = lambda: None) -> Tuned:
     """Tune on the first half, score on the second; `step` after each setting."""
     half = trace.first_half()
+    requests = site.machine.requests(half)
     found = []
     for setting in grids(half, site)[policy]:
-        found.append((setting, run(half, site, setting)))
+        found.append((setting, run(half, site, setting, requests=requests)))
         step()
     found = efficient(found)
     first = [Scored(str(setting), outcome) for setting, outcome in found]
