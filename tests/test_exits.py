@@ -115,6 +115,14 @@ def test_later_shards_are_not_asked_for_a_frame_that_left_early(plain: Path) -> 
         list(without.generate(QUERIES[0], LIMITS))
 
 
+def test_a_tier_without_exits_opens_none_and_takes_no_number(tmp_path: Path) -> None:
+    source = GgufSource(write_gguf(tmp_path / "tiny.gguf"))
+    path = build(source, tmp_path / "tier", "int4", write_adapter(tmp_path / "adapter", source), quiet).path
+    with pytest.raises(ArtifactError, match="has no early exits"):
+        opened(path, 0.9)
+    assert answers(opened(path, TUNED_EXITS)) == answers(opened(path, NO_EXIT))
+
+
 def test_text_is_written_by_all_layers(plain: Path) -> None:
     said = [list(opened(plain, t).generate(Completion("the"), LIMITS)) for t in (0.0, NO_EXIT)]
     assert said[0] == said[1]

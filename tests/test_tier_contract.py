@@ -48,7 +48,7 @@ LOOKUP = 4
 Open = Callable[[Path], AbstractContextManager[Tier]]
 
 
-def whole(path: Path, **how: int) -> AbstractContextManager[Tier]:
+def whole(path: Path, **how: float | None) -> AbstractContextManager[Tier]:
     return nullcontext(LocalTier.open(path, "edge", threads=1, **how))  # type: ignore[arg-type]
 
 
@@ -89,7 +89,7 @@ EXACTLY_ALIKE: dict[str, Open] = {
 TIERS: dict[str, Open] = {
     **ALIKE,
     **EXACTLY_ALIKE,
-    "early exits": lambda path: whole(path, exit_threshold=0),
+    "early exits": lambda path: whole(path, exit_threshold=TUNED_EXITS),
     "early exits, shards": lambda path: leaving(path, TUNED_EXITS),
     "2 ranks": lambda path: rank_rigs.in_threads(path, 2),
     "2 ranks, gRPC": lambda path: linked_ranks(path, 2),
@@ -241,7 +241,9 @@ def test_nobody_waits(real: Tier) -> None:
 def exact_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fp32")
     source = GgufSource(write_gguf(folder / "tiny.gguf"))
-    build(source, folder / "tier", "fp32", write_adapter(folder / "adapter", source), quiet)
+    adapter = write_adapter(folder / "adapter", source)
+    write_exits(adapter, *random_exits(thresholds={}))  # which no skill may leave by
+    build(source, folder / "tier", "fp32", adapter, quiet)
     return folder / "tier"
 
 

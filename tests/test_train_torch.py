@@ -192,10 +192,14 @@ def test_exits_are_trained_calibrated_and_written_without_touching_the_rest(
 ) -> None:
     from models.artifact.store import Artifact
     from models.build.assemble import build
+    from models.build.exit_net import ExitSettings
     from models.build.exits import measure_exits, train_exits
+    from models.build.training import Schedule
 
+    schedule = Schedule(epochs=20, learning_rate=5e-3, token_budget=0, warmup_steps=10)
+    settings = ExitSettings(schedule=schedule, rows=32, dropout=0.0)
     before = build(source, tmp_path / "edge", "fp32", adapter, quiet)
-    heads, tensors, found = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,))
+    heads, tensors, found = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,), settings)
     artifact = before.with_exit_heads(heads, tensors)
     judged = found["room"]
     assert judged.right.mean() > 0.6, "a head after one of two layers has learnt something"
@@ -205,5 +209,5 @@ def test_exits_are_trained_calibrated_and_written_without_touching_the_rest(
     assert (again.right == judged.right).all()
     assert all(artifact.manifest.files[name] == entry for name, entry in before.manifest.files.items())
     assert Artifact.open(artifact.path).fault("exits.safetensors") is None
-    resumed = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,))
+    resumed = train_exits(before, TRAIN, HELD, tmp_path / "work", quiet, (1,), settings)
     assert all((resumed[1][name] == value).all() for name, value in tensors.items()), "a finished run is found again"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from models.runtime.exits import Scorer, of_exit
 from models.runtime.frames import IntentRule
 from models.runtime.tier import NO_EXIT
 from models.skills import Skill
+
+if TYPE_CHECKING:
+    from models.build.exit_net import ExitSettings
 
 PASSED = (12, 15, 18)
 """Where SmolLM2's exits are, in numbers of layers passed."""
@@ -180,6 +183,7 @@ def train_exits(
     work: Path,
     report: Report,
     passed: Sequence[int] = PASSED,
+    settings: ExitSettings | None = None,
 ) -> tuple[ExitHeads, dict[str, Any], dict[str, Judged]]:
     """Return the exits' card and weights, and how they do on validation data by skill.
 
@@ -187,7 +191,8 @@ def train_exits(
     """
     from models.build.exit_net import ExitSettings, train_exit
 
-    observer, settings, tensors = Observer(artifact, passed), ExitSettings(), dict[str, Any]()
+    settings = settings or ExitSettings()
+    observer, tensors = Observer(artifact, passed), dict[str, Any]()
     rows = lessons(train, observer.encoder, observer.skills)
     for depth in passed:
         kept = kept_at(depth, observer, rows, work / "states", report)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from models.artifact.manifest import Manifest
 from models.artifact.store import Artifact
+from models.errors import ArtifactError
 from models.runtime import frames
 from models.runtime.confidence import Logistic, features
 from models.runtime.sessions import EngineOptions, open_session
@@ -183,11 +184,14 @@ class SharedExit:
 def exits_of(artifact: Artifact, labels: Floats, skills: SkillSet, threshold: float | None) -> list[Exit]:
     """The exits of an artifact, from the first on; `threshold` is for all skills, or `TUNED_EXITS`; above 1: none.
 
-    Exits that share the model's label head have no threshold of their own: `TUNED_EXITS` closes them.
+    Exits that share the model's label head have no threshold of their own: `TUNED_EXITS` closes them. Raises
+    `ArtifactError` for a number where the artifact has no exits; `TUNED_EXITS` then opens none.
     """
     m = artifact.manifest
     if threshold is not None and threshold > 1:
         return []
+    if threshold is not None and m.exit_heads is None and not m.exits:
+        raise ArtifactError(f"{artifact.path} has no early exits; build it with an adapter that has, or turn them off")
     if m.exit_heads is None:
         own = NO_EXIT if threshold is None else threshold
         return [SharedExit(passed, labels, skills, m.calibration, own) for passed in m.exits]
