@@ -33,8 +33,8 @@ _TOLD_APART = 2  # tokens that a time per token needs at least
 class Plan:
     """What to measure; `delays_ms` one way, of the link between two shards.
 
-    The unsplit tier has `threads`, and so have all shards of one way together, one each at least; or each has, where they
-    work in turns.
+    The unsplit tier has `threads`, and so have all shards of one way together, one each at least; or each, where
+    they work in turns.
     """
 
     tier: Path
