@@ -136,6 +136,7 @@ def links_table(rows: Sequence[links.Row], title: str) -> Table:
     for name in (
         "shards",
         "threads each",
+        "work",
         "ms a token",
         "ms a hop",
         "tokens/s at once",
@@ -146,7 +147,8 @@ def links_table(rows: Sequence[links.Row], title: str) -> Table:
     for r in rows:
         alone = (number(r.token_ms, 2), number(r.hop_ms, 2))
         together = (number(r.together_tokens_s), percent(r.efficiency), number(r.cpu_ms, 2))
-        table.add_row(str(r.shards), str(r.threads), *alone, *together, style=None if r.same else "red")
+        work = "in turns" if r.groups == 1 else "at once" if r.shards > 1 else ""
+        table.add_row(str(r.shards), str(r.threads), work, *alone, *together, style=None if r.same else "red")
     return table
 
 

@@ -18,6 +18,8 @@ _MOST_ATTEMPTS = 2
 _AT_HOME = frozenset(Saving) - {Saving.NO_HEDGING, Saving.EDGE}
 TIGHT = 2.0
 """A deadline is tight when the tiers one after the other would take up half of what remains."""
+TIGHT_MS = 250.0
+"""What is tight as long as nobody knows how long they take: what people and machines that interact wait for."""
 
 
 def route(policy: Policy, conditions: Conditions, request: Request, observed: Observed) -> Step:
@@ -164,15 +166,19 @@ def _while_device_works(
         if slow_in_ms <= 0:
             return Step(Kind.ASK_EDGE, "edge", "edge", "hedged", spends="hedge")
     last_call_ms = math.inf  # from then on the edge would hardly make it
-    if policy.edge.early and conditions.edge_ms is not None and conditions.device_ms is not None:
-        last_call_ms = conditions.remaining_ms - conditions.edge_ms
+    if policy.edge.early:
+        knows = conditions.edge_ms is not None and conditions.device_ms is not None
+        last_call_ms = conditions.remaining_ms - (conditions.edge_ms or 0.0 if knows else TIGHT_MS)
     return _wait(min(slow_in_ms, last_call_ms))
 
 
 def _is_early(policy: Policy, conditions: Conditions, request: Request, device: Pending) -> bool:
-    """Whether one after the other would be too late, or nearly so while the device expects to be unsure."""
+    """Whether one after the other would be too late, or nearly so while the device expects to be unsure.
+
+    As long as nobody knows how long the tiers take, that is a question of the time there is.
+    """
     if conditions.edge_ms is None or conditions.device_ms is None:
-        return False
+        return conditions.remaining_ms <= TIGHT_MS
     sequential_ms = max(0.0, conditions.device_ms - device.waited_ms) + conditions.edge_ms
     poor = device.forecast is not None and device.forecast < threshold_of(policy, request, device.threshold)
     return sequential_ms * (TIGHT if poor else 1.0) >= conditions.remaining_ms

@@ -77,8 +77,15 @@ def test_the_last_shard_has_fewer_layers_by_its_head(tmp_path: Path) -> None:
 
 
 def test_shards_share_the_threads_of_the_unsplit_tier() -> None:
-    assert _ways_of(links.Plan(Path("tier"))) == [Way(1, 1), Way(1, 2), Way(2, 1), Way(4, 1)]
-    assert _ways_of(links.Plan(Path("tier"), (1, 2), threads=4)) == [Way(1, 2), Way(1, 4), Way(2, 2)]
+    assert _ways_of(links.Plan(Path("tier"))) == [
+        Way(1, 1),
+        Way(1, 2),
+        Way(2, 1),
+        Way(2, 2, 1),
+        Way(4, 1),
+        Way(4, 2, 1),
+    ]
+    assert _ways_of(links.Plan(Path("tier"), (1, 2), threads=4)) == [Way(1, 2), Way(1, 4), Way(2, 2), Way(2, 4, 1)]
 
 
 def test_a_message_that_goes_round_takes_time() -> None:
@@ -109,10 +116,10 @@ def test_what_cannot_be_cut_is_said(tmp_path: Path) -> None:
 
 def test_the_verdict_is_that_of_the_issue() -> None:
     rows = [
-        Row(1, 2, 5.0, None, 400.0, None, 4.0, same=True),
-        Row(2, 1, 5.3, 0.3, 368.0, 0.92, 5.0, same=True),
+        Row(1, 2, 0, 5.0, None, 400.0, None, 4.0, same=True),
+        Row(2, 1, 0, 5.3, 0.3, 368.0, 0.92, 5.0, same=True),
     ]
     run = Run(rows, 2400.0, 60.0, [Delayed(0.0, 5.4, 5.0)])
     assert run.as_dict()["verdict"] == {"hop": True, "efficiency": True, "same": True}
-    worse = Run([rows[0], Row(2, 1, 6.0, 1.0, 300.0, 0.75, 6.0, same=False)], 1.0, 1.0, [])
+    worse = Run([rows[0], Row(2, 1, 0, 6.0, 1.0, 300.0, 0.75, 6.0, same=False)], 1.0, 1.0, [])
     assert worse.as_dict()["verdict"] == {"hop": False, "efficiency": False, "same": False}

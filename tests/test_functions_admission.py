@@ -239,12 +239,23 @@ def test_a_full_house_is_known_at_the_door() -> None:
         with gate.admitted(inf) as place:
             waited.append(place.has_time)
 
-    gate.refuse_if_full()
+    gate.refuse_early(inf)
     with ThreadPoolExecutor(1) as pool, filled(gate, 1):
-        gate.refuse_if_full()
+        gate.refuse_early(inf)
         pool.submit(work)
         wait_until(lambda: gate.waiting == 1)
         with pytest.raises(OverloadedError) as refused:
-            gate.refuse_if_full()
+            gate.refuse_early(inf)
         assert refused.value.status == 429
     assert waited == [True]
+
+
+def test_who_would_wait_in_vain_is_told_at_the_door() -> None:
+    timed = Timed(1, queue=9)
+    timed.answers(10, took_s=2, granted_s=99)
+    timed.gate.refuse_early(timed.now + 1)
+    with filled(timed.gate, 1):
+        timed.gate.refuse_early(timed.now + 50)
+        with pytest.raises(OverloadedError) as refused:
+            timed.gate.refuse_early(timed.now + 1)
+    assert (refused.value.status, refused.value.code) == (503, "deadline")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import combinations
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from models.build.seal import seal_artifact
 from models.build.verify import golden_cases
 from models.errors import ArtifactError, ShardsLostError
 from models.runtime.inprocess import InProcessLink
+from models.runtime.links import Opening
 from models.runtime.local import LocalTier
 from models.runtime.pipeline import Replicas, open_head
 from models.runtime.sessions import EngineOptions
@@ -124,6 +126,17 @@ def test_a_sealed_tier_in_shards_answers_as_the_plain_one(int4: Path, tmp_path: 
     keys = LocalKey(bytes(32))
     sealed = seal_artifact(Artifact.open(int4), tmp_path / "sealed", keys, None, quiet).path
     assert answers(in_process(sealed, (0, 1, N), keys=keys)) == answers(in_process(int4, (0, 1, N)))
+
+
+@pytest.mark.parametrize(("groups", "together"), [(0, [1, 1, 2, 2]), (1, [1, 2, 3, 4]), (4, [1, 1, 1, 1])])
+def test_sessions_share_passes_in_as_many_groups_as_asked(int4: Path, groups: int, together: list[int]) -> None:
+    lane = Stage.open(int4, range(N - 1), replace(OPTIONS, sequences=4, groups=groups)).lanes["plain"]
+    with ExitStack() as opened:
+        found = []
+        for _ in range(4):
+            opened.enter_context(lane.session(Opening("plain", inf)))
+            found.append(lane.company)
+    assert found == together
 
 
 def test_layers_that_are_none_are_refused(int4: Path) -> None:

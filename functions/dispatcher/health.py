@@ -14,6 +14,8 @@ from functions.serving.recent import Recent
 # A frame is given up after so many times what nearly all of the tier's last ones took, but not before that time.
 _PATIENCE = 3.0
 _LEAST_TIMEOUT_S = 0.1
+# For so long a tier that is seldom asked counts as known.
+_KNOWN_S = 3600.0
 # With less time than this nothing is held against a tier that has not answered.
 _LEAST_PATIENCE_S = 0.05
 
@@ -32,13 +34,17 @@ class Health:
         self._recent: dict[str, Recent] = {}
         self._answered_at = -math.inf
 
-    def takes_s(self, skill: str, share: float) -> float | None:
-        """What that share of its last answers to the skill took at most, network included; None: too few to say."""
+    def takes_s(self, skill: str, share: float, *, lately: bool = False) -> float | None:
+        """What that share of its last answers to the skill took at most, network included; None: too few to say.
+
+        `lately`: also None where nobody has heard of it for a while.
+        """
         recent = self._recent.get(skill)
         if recent is None:
             return None
         with self._lock:
-            return recent.percentile(share, self.clock())
+            now = self.clock()
+            return recent.percentile(share, now) if recent.is_fresh(now) or not lately else None
 
     def limit_s(self, skill: str, remaining_s: float) -> float:
         """The longest to wait. A frame has a usual time; a chat is as long as it is."""
@@ -87,4 +93,4 @@ class Health:
 
     def _note(self, skill: str, took_s: float) -> None:
         with self._lock:
-            self._recent.setdefault(skill, Recent()).add(took_s, self.clock())
+            self._recent.setdefault(skill, Recent(keeps_s=_KNOWN_S)).add(took_s, self.clock())

@@ -56,9 +56,9 @@ class TierClient:
         """False while the tier is left alone after failures."""
         return self.breaker.allows()
 
-    def takes_s(self, skill: str, share: float) -> float | None:
-        """What that share of its last answers to the skill took at most, network included; None: too few to say."""
-        return self._health.takes_s(skill, share)
+    def takes_s(self, skill: str, share: float, *, lately: bool = False) -> float | None:
+        """See `Health.takes_s`."""
+        return self._health.takes_s(skill, share, lately=lately)
 
     def ask(self, ask: Ask, remaining_s: float, traffic: Traffic, *, stream: bool = False, draft: str = "") -> Call:
         """Begin to ask; raises `TierFailedError` where there is no time left, or no way to the tier.

@@ -55,11 +55,15 @@ class LinkConfig:
 
 @dataclass(frozen=True)
 class ShardConfig(LinkConfig):
-    """One shard: its layers, and where replicas of those that come after listen, `host:port` each."""
+    """One shard: its layers, and where replicas of those that come after listen, `host:port` each.
+
+    Sessions share passes in so many `groups`; 0: one for each shard of the model.
+    """
 
     layers: range
     next: tuple[str, ...] = ()
     states: Encoding = Encoding.FP32
+    groups: int = 0
 
     @property
     def is_head(self) -> bool:
@@ -80,6 +84,7 @@ class ShardConfig(LinkConfig):
             states=Encoding[
                 environment.choices("SHARD_STATES", ("fp32",), [e.name.lower() for e in Encoding])[0].upper()
             ],
+            groups=environment.integer("SHARD_GROUPS", cls.groups, 0, 64),
             **vars(link),
         )
 

@@ -52,6 +52,7 @@ def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -
         spin=shard.spin,
         rests=True,
         sequences=sequences,
+        groups=shard.groups,
         prefix_cache_bytes=config.prefix_cache_bytes,
         providers=config.providers,
         exact_drafts=config.exact_drafts,

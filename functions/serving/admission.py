@@ -102,10 +102,16 @@ class Gate:
         """True when the next request would be refused."""
         return self._inflight >= self.limit and len(self._queue) >= self._queue_limit
 
-    def refuse_if_full(self) -> None:
-        """Raise `OverloadedError` where `admitted` would for want of room: before anything of a request is read."""
+    def refuse_early(self, expires: float) -> None:
+        """Raise `OverloadedError` where `admitted` would at once, before anything of a request is read.
+
+        `expires` is as late as it may turn out to be.
+        """
         if self.full:
             raise self._too_many()
+        with self._lock:
+            if self._inflight >= self.limit and self._has_no_hope(_Turn(expires, self._numbers + 1)):
+                raise self._too_late()
 
     @contextmanager
     def admitted(self, expires: float, gone: Callable[[], bool] = lambda: False) -> Iterator[Place]:

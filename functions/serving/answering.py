@@ -40,11 +40,11 @@ def add_routes(app: Flask, site: Site, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     def chat() -> Response:
-        return desk.reply(lambda: parse.chat(desk.json(), desk.headers()))
+        return desk.reply(lambda headers: parse.chat(desk.json(), headers))
 
     @app.post("/v1/completions")
     def completions() -> Response:
-        return desk.reply(lambda: parse.completion(desk.json(), desk.headers()))
+        return desk.reply(lambda headers: parse.completion(desk.json(), headers))
 
     @app.post("/")
     def invoke() -> Response:
@@ -81,23 +81,22 @@ class _Desk:
         said = {name: request.headers.get(name, "") for name in parse.HEADERS}
         return parse.HeaderFields.read(said, self._site.deadlines_ms())
 
-    def parse_invoke(self) -> Ask:
+    def parse_invoke(self, headers: parse.HeaderFields) -> Ask:
         """Read `POST /`: JSON if it says so (or is a form that looks like it: curl's default), else plain text."""
         text = body.read_text(request, self._site.common.max_body_bytes)
         default_skill = self._site.common.default_skill
         is_form = request.mimetype == "application/x-www-form-urlencoded"
         if request.is_json or (is_form and text.lstrip().startswith("{")):
-            return parse.invoke(body.parse_object(text), self.headers(), default_skill)
-        return parse.plain(text, self.headers(), default_skill)
+            return parse.invoke(body.parse_object(text), headers, default_skill)
+        return parse.plain(text, headers, default_skill)
 
-    def reply(self, read: Callable[[], Ask], as_text: Callable[[], bool] = lambda: False) -> Response:
+    def reply(self, read: Callable[[parse.HeaderFields], Ask], as_text: Callable[[], bool] = lambda: False) -> Response:
         """Refuse, or parse, admit, answer, reply."""
-        started = time.monotonic()
-        self._site.gate.refuse_if_full()
-        ask = read()
+        started, headers = time.monotonic(), self.headers()
+        self._site.gate.refuse_early(started + self._granted(headers.deadline_s))  # the body may only shorten it
+        ask = read(headers)
         self._service.check(ask)
-        granted = self._site.common.deadline_s if ask.deadline_s is None else ask.deadline_s
-        expires = started + min(granted, self._site.common.deadline_s)
+        expires = started + self._granted(ask.deadline_s)
         gone = _gone(request.environ)
         events = self._counted(self._admitted(ask, started, expires, gone))
         if ask.deadline_class:
@@ -106,6 +105,10 @@ class _Desk:
             return render.stream(ask, events, gone, self._broke)
         answer = render.collect(events, gone)
         return render.whole(ask, answer, as_text=ask.shape is Shape.INVOKE and as_text())
+
+    def _granted(self, asked_s: float | None) -> float:
+        most_s = self._site.common.deadline_s
+        return most_s if asked_s is None else min(asked_s, most_s)
 
     def _admitted(self, ask: Ask, started: float, expires: float, gone: Callable[[], bool]) -> Iterator[Event]:
         with self._site.gate.admitted(expires, gone) as place:

@@ -88,6 +88,7 @@ SHARD_KEYS = (
     "SHARD_LISTEN",
     "SHARD_STATES",
     "SHARD_SPIN",
+    "SHARD_GROUPS",
     "SHARD_KV_MB",
     "SHARD_IDLE_MS",
     "SHARD_TLS_CERT",

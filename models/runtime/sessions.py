@@ -40,7 +40,8 @@ SPIN_US = 1000
 class EngineOptions:
     """`spin` lets idle threads wait busily: faster, but it costs power; one that `rests` does so within a pass only.
 
-    `sequences` may be open at the same time.
+    `sequences` may be open at the same time. A shard lets them share passes in so many `groups`; 0: as many as there
+    are shards.
 
     `prefix_cache_bytes` keep keys and values of prompts for others that begin alike; `providers` are names of
     `models.runtime.providers`, the first that works is used. `slowdown`: each forward pass lasts so many times as long;
@@ -61,6 +62,7 @@ class EngineOptions:
     slowdown: float = 1.0
     slowdown_file: Path | None = None
     rests: bool = False
+    groups: int = 0
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Lane:
 
     def __init__(self, shape: LlamaShape, layers: Layers, options: EngineOptions, turns: Turns) -> None:
         self.shape, self.layers, self.turns = shape, layers, turns
+        self._groups = options.groups or max(2, math.ceil(shape.n_layers / len(layers.range)))
         self.prefixes = _prefix_cache(shape, layers.range, options.prefix_cache_bytes)
         self._sessions = [StageSession(self, slot) for slot in range(options.sequences)]
         self._free = list(range(options.sequences))
@@ -96,9 +97,8 @@ class Lane:
 
     @property
     def company(self) -> int:
-        """How many sessions share a pass: so many that each shard of the model has a part of them to work on."""
-        shards = max(2, math.ceil(self.shape.n_layers / len(self.layers.range)))
-        return max(1, math.ceil(self.open_sessions / shards))
+        """How many sessions share a pass: by default so many that each shard of the model has a part to work on."""
+        return max(1, math.ceil(self.open_sessions / self._groups))
 
     def step(self, members: Sequence[StageSession]) -> None:
         """Read each member's next state, in one pass over the slots from the first to the last of them.
