@@ -167,8 +167,7 @@ def _while_device_works(
             return Step(Kind.ASK_EDGE, "edge", "edge", "hedged", spends="hedge")
     last_call_ms = math.inf  # from then on the edge would hardly make it
     if policy.edge.early:
-        knows = conditions.edge_ms is not None and conditions.device_ms is not None
-        last_call_ms = conditions.remaining_ms - (conditions.edge_ms or 0.0 if knows else TIGHT_MS)
+        last_call_ms = conditions.remaining_ms - (TIGHT_MS if conditions.edge_ms is None else conditions.edge_ms)
     return _wait(min(slow_in_ms, last_call_ms))
 
 

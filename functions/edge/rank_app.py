@@ -15,11 +15,11 @@ from functions.edge.client import Directory, GrpcLink, Hello
 from functions.edge.rank_config import RankConfig
 from functions.edge.rank_server import RankService
 from functions.edge.server import ShardServer
-from functions.edge.shard_app import HeadDrain, ShardDrain, held_metrics, link_metrics, wait_for
+from functions.edge.shard_app import HeadDrain, ShardDrain, bounded_options, held_metrics, link_metrics, wait_for
 from functions.edge.tls import Identity
 from functions.edge.wire import Encoding, message_limit, model_digest
 from functions.serving.lifecycle import Loading
-from functions.serving.settings import ConfigError, TierConfig
+from functions.serving.settings import TierConfig
 from functions.serving.tier_app import create_tier_app, read_keys
 from functions.serving.web import EXTENSION, Site, create_base
 from models.artifact.manifest import Manifest
@@ -136,15 +136,4 @@ def engine_options(config: TierConfig, rank: RankConfig, manifest: Manifest) -> 
     cannot be split.
     """
     ranks = split(manifest.architecture, rank.count)
-    each = session_bytes(ranks, manifest.architecture, EngineOptions().context)
-    sequences = min(config.common.max_inflight, rank.kv_bytes // each)
-    if not sequences:
-        raise ConfigError(f"SHARD_KV_MB is too little: one session may take {-(-each >> 20)} MB")
-    return EngineOptions(
-        config.threads,
-        spin=rank.spin,
-        rests=True,
-        sequences=sequences,
-        providers=config.providers,
-        slowdown=config.slowdown,
-    )
+    return bounded_options(config, rank, session_bytes(ranks, manifest.architecture, EngineOptions().context))

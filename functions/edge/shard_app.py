@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from functions.edge.client import Directory, GrpcLink, Hello
-from functions.edge.config import ShardConfig
+from functions.edge.config import LinkConfig, ShardConfig
 from functions.edge.server import SessionService, ShardServer, ShardService
 from functions.edge.tls import Identity
 from functions.edge.wire import message_limit, model_digest
@@ -41,21 +41,27 @@ _GRACE_S = 55.0
 
 def engine_options(config: TierConfig, shard: ShardConfig, manifest: Manifest) -> EngineOptions:
     """How a shard's engine runs; raises `ConfigError` if not even one session's keys and values may be held."""
-    defaults = EngineOptions()
-    each = session_bytes(manifest.architecture, shard.layers, defaults.context)
+    each = session_bytes(manifest.architecture, shard.layers, EngineOptions().context)
     n_lanes = 2 if manifest.skills and manifest.lm_head else 1
-    sequences = min(config.common.max_inflight, shard.kv_bytes // (each * n_lanes))
-    if not sequences:
-        raise ConfigError(f"SHARD_KV_MB is too little: one session may take {-(-each * n_lanes >> 20)} MB")
-    return EngineOptions(
-        config.threads,
-        spin=shard.spin,
-        rests=True,
-        sequences=sequences,
+    return replace(
+        bounded_options(config, shard, each * n_lanes),
         groups=shard.groups,
         prefix_cache_bytes=config.prefix_cache_bytes,
-        providers=config.providers,
         exact_drafts=config.exact_drafts,
+    )
+
+
+def bounded_options(config: TierConfig, link: LinkConfig, session_bytes: int) -> EngineOptions:
+    """What shards and ranks have in common: as many sessions as may be held; raises `ConfigError` if that is none."""
+    sequences = min(config.common.max_inflight, link.kv_bytes // session_bytes)
+    if not sequences:
+        raise ConfigError(f"SHARD_KV_MB is too little: one session may take {-(-session_bytes >> 20)} MB")
+    return EngineOptions(
+        config.threads,
+        spin=link.spin,
+        rests=True,
+        sequences=sequences,
+        providers=config.providers,
         slowdown=config.slowdown,
         slowdown_file=config.slowdown_file,
     )
