@@ -48,7 +48,9 @@ Autoscaled = Callable[[Mapping[str, Variant], Scaling], AbstractContextManager[s
 
 
 StartSite = Callable[[str, Mapping[str, str]], AbstractContextManager[str]]
-"""Runs one site of stack.yml, `device` or `edge`, with variables for stack.yml; gives its gateway's address."""
+"""Runs one site of stack.yml, `device` or `edge` (empty: all), with variables for it; gives its gateway's address."""
+Service = StartSite
+"""Finds the bundle at an address (empty: the local one), or runs one, which gets the variables; gives its address."""
 
 
 class Restarts(Protocol):

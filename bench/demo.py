@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from bench import linear
 from bench.client import Client, Reply
 from bench.evaluate import Evaluation, ask_all, evaluation
 from bench.metrics import Outcome, row
-from bench.queries import Query, count_by_skill
+from bench.queries import OWN_QUERIES, Query, count_by_skill, read, sample
 from bench.tables import main_table, skill_table
 
 CHATS = (
@@ -22,6 +23,7 @@ CHATS = (
     "Explain in one sentence why the sky is blue.",
 )
 CHAT_TOKENS = 80
+QUERIES_PER_SKILL = 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class Material:
     queries: Sequence[Query]
     origin: str
     train: Sequence[Query] = field(default=())
+
+
+def gather(folder: Path, published: Callable[..., Sequence[Query]]) -> Material:
+    """The published sets' test halves where they are at hand, the project's own queries elsewhere."""
+    if not (folder / "clinc150").is_dir():
+        return Material(read(OWN_QUERIES), "the project's own paraphrases, bench/queries.jsonl")
+    drawn = sample(published(folder, "test", "assistant", "home", "banking"), QUERIES_PER_SKILL)
+    origin = f"the test halves of CLINC150, SNIPS and BANKING77, {QUERIES_PER_SKILL} a skill, drawn with a fixed seed"
+    return Material(drawn, origin, published(folder, "train", "assistant", "banking"))
 
 
 def run(client: Client, material: Material, console: Console) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_figures_add_up() -> None:
 
 def test_the_command_prints_json_last(tier: Path) -> None:
     command = ["bench", "drafts", str(tier), "--queries", "2", "--max-tokens", "6", "--threads", "1"]
-    result = CliRunner().invoke(edgecascade.app, command)
+    result = CliRunner().invoke(edgecascade.app, command, obj=edgecascade.rooms())
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["identical"] == 2
 

@@ -690,7 +690,10 @@ def test_the_dashboard_can_be_narrowed_to_a_node_a_shard_and_a_model(stack):
 
 def run(*words, **variables):
     return CliRunner().invoke(
-        edgecascade.typer.main.get_command(edgecascade.app), ["kubernetes", "render", *words], env=variables
+        edgecascade.typer.main.get_command(edgecascade.app),
+        ["kubernetes", "render", *words],
+        env=variables,
+        obj=edgecascade.rooms(),
     )
 
 
