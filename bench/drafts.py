@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -223,8 +223,14 @@ def figures(asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def report(found: dict[str, float]) -> None:
-    """Print a table and, as the last line, JSON."""
+def report(found: Mapping[str, float], *, as_json: bool) -> None:
+    """A table for a person, and JSON last."""
+    if not as_json:
+        Console(width=100).print(_table(found))
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+
+
+def _table(found: Mapping[str, float]) -> Table:
     table = Table("", "")
     table.add_row("identical to the tier alone", f"{found['identical']:.0f} of {found['queries']:.0f}")
     table.add_row("proposed tokens accepted", f"{found['accepted']:.0f} of {found['proposed']:.0f}")
@@ -235,5 +241,4 @@ def report(found: dict[str, float]) -> None:
     table.add_row("speed-up, all answers (median)", f"{found['speed_up']:.2f} ({found['speed_up_median']:.2f})")
     over = f"{found['speed_up_over_plain']:.2f} ({found['speed_up_over_plain_median']:.2f})"
     table.add_row("over the tier without EXACT_DRAFTS", over)
-    Console(width=100).print(table)
-    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+    return table

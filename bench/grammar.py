@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -80,22 +80,30 @@ def measure(path: Path, rounds: int, max_tokens: int, threads: int) -> dict[str,
     return {name: _row(answers[name], times[name][1:]) for name in FORMS}
 
 
-def report(rows: dict[str, Row]) -> None:
-    """Print the table and, as the last line, JSON."""
+def report(rows: Mapping[str, Row], *, as_json: bool) -> None:
+    """A table for a person, and JSON last."""
+    if not as_json:
+        Console(width=110).print(_table(rows))
+    print(json.dumps({name: round(value, 4) for name, value in _figures(rows).items()}))
+
+
+def _table(rows: Mapping[str, Row]) -> Table:
     table = Table("", "tokens", "forced", "ms a token", "grammar, µs a token", "share of decode")
     for name, row in rows.items():
         cells = (f"{1e3 * median(row.token_s):.2f}", f"{1e6 * median(row.grammar_s):.0f}")
         table.add_row(name, str(row.tokens), str(row.forced), *cells, f"{100 * row.grammar_share:.1f} %")
-    Console(width=110).print(table)
+    return table
+
+
+def _figures(rows: Mapping[str, Row]) -> dict[str, float]:
     free, held, schema = rows.values()
-    figures = {
+    return {
         "mask_decode_ratio": held.slower_than(free),
         "mask_share": held.grammar_share,
         "schema_share": schema.grammar_share,
         "schema_token_ratio": schema.slower_than(free),
         "forced_share": schema.forced / schema.tokens,
     }
-    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
 def _decode(tier: LocalTier, limits: Limits) -> tuple[list[Token], float]:

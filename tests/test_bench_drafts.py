@@ -63,11 +63,15 @@ def test_figures_add_up() -> None:
     assert (found["identical"], found["acceptance"], found["accepted_share_of_tokens"]) == (1, 0.5, 0.4)
 
 
-def test_the_command_prints_json_last(tier: Path) -> None:
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command_prints_json_last_or_alone(tier: Path, as_json: bool) -> None:
     command = ["bench", "drafts", str(tier), "--queries", "2", "--max-tokens", "6", "--threads", "1"]
+    command += ["--json"] if as_json else []
     result = CliRunner().invoke(edgecascade.app, command, obj=edgecascade.rooms())
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["identical"] == 2
+    *table, last = result.stdout.splitlines()
+    assert json.loads(last)["identical"] == 2
+    assert not table if as_json else any("speed-up" in line for line in table)
 
 
 def test_a_tier_that_writes_no_text_is_refused(tmp_path: Path) -> None:

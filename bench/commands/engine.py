@@ -35,6 +35,7 @@ def grammar(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in turns.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+    as_json: Json = False,
 ) -> None:
     """Measure what holding answers to a form costs, and what forced tokens save; the last line is JSON.
 
@@ -42,7 +43,7 @@ def grammar(
     """
     from bench.grammar import measure, report
 
-    report(measure(tier, rounds, max_tokens, threads))
+    report(measure(tier, rounds, max_tokens, threads), as_json=as_json)
 
 
 def drafts(
@@ -60,6 +61,7 @@ def drafts(
     threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
     shards: Annotated[int, typer.Option(min=1, help="Cut the tier into so many shards, which call each other.")] = 1,
     hop_ms: Annotated[float, typer.Option(min=0, help="What a message between shards takes, which is waited.")] = 0.0,
+    as_json: Json = False,
 ) -> None:
     """Measure what drafts of answers save, and whether they change the answers; the last line is JSON.
 
@@ -76,7 +78,7 @@ def drafts(
     with bar("asking") as progress:
         plan = Plan(tier, source, corrupt, lookup, exact, max_tokens, threads, shards, hop_ms)
         asked = measure(plan, texts, progress)
-    report(figures(asked))
+    report(figures(asked), as_json=as_json)
 
 
 def seal(
