@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from scaler.signals.pages import PageSource
 from scaler.signals.prometheus import PrometheusSource
 from scaler.signals.source import Source
 from scaler.signals.summary import summarise
+from scaler.stopping import stop_on_signals
 from scaler.trigger import Trigger
 from scaler.values import Reading, Target
 
@@ -145,9 +144,7 @@ class Scaler:
 
 def serve(settings: Settings) -> None:
     """Run until SIGTERM or Ctrl-C, then drain; raises `SettingsError`. Call it from the main thread."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look is too much
     scaler = Scaler(settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from deploy.local.bundle import Bundle, Settings
 from deploy.local.console import Console
 from deploy.stack import Stack
 from scaler.placement.rebalance import Action, Decision, Reason
+from scaler.stopping import stop_on_signals
 
 if TYPE_CHECKING:
     from deploy.local.autoscale import Autoscale
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def serve(stack: Stack, settings: Settings) -> None:
     """Run until Ctrl-C or SIGTERM; raises `StartError`. Call it from the main thread."""
-    stop, log = _stop_on_signals(), Console(sys.stdout, [*stack.functions, "gateway", "up"])
+    stop, log = stop_on_signals(), Console(sys.stdout, [*stack.functions, "gateway", "up"])
     with Bundle(stack, settings, log) as bundle:
         _watch(bundle, stop, log)
 
@@ -29,7 +29,7 @@ def serve_autoscaled(stack: Stack, settings: Settings, options: Autoscale) -> No
     """As `serve`, with some functions as many times as the scaler says."""
     from deploy.local.autoscale import autoscaled  # gRPC is needed only here
 
-    stop, log = _stop_on_signals(), Console(sys.stdout, [*stack.functions, "gateway", "scaler", "autoscale", "up"])
+    stop, log = stop_on_signals(), Console(sys.stdout, [*stack.functions, "gateway", "scaler", "autoscale", "up"])
     with autoscaled(stack, settings, options, log, ended=stop.set) as (bundle, running):
         _watch(bundle, stop, log)
         if running.failure is not None:
@@ -41,7 +41,7 @@ def serve_rebalanced(stack: Stack, settings: Settings, options: Rebalance) -> No
     from deploy.local.rebalance import rebalanced  # the parser of metrics is needed only here
 
     logs = [*stack.functions, *(f"{options.function}-{node.name}-1" for node in options.problem.nodes)]
-    stop, log = _stop_on_signals(), Console(sys.stdout, [*logs, "gateway", "rebalance", "up"])
+    stop, log = stop_on_signals(), Console(sys.stdout, [*logs, "gateway", "rebalance", "up"])
 
     def told(decision: Decision) -> None:
         if decision.action is not Action.KEEP or decision.reason is not Reason.STEADY:
@@ -55,13 +55,6 @@ def serve_rebalanced(stack: Stack, settings: Settings, options: Rebalance) -> No
         _watch(bundle, stop, log)
         if running.failure is not None:
             raise StartError(f"the rebalancer ended: {running.failure!r}") from running.failure
-
-
-def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
 
 
 def _watch(bundle: Bundle, stop: threading.Event, log: Console) -> None:

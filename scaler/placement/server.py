@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from scaler.placement.plan import place
 from scaler.placement.rebalance import Policy, State
 from scaler.placement.values import Goal, Problem
 from scaler.placement.watch import Placed, Watch
+from scaler.stopping import stop_on_signals
 
 LINK_PORT, FUNCTION_PORT = 5051, 8080
 PAGE_TIMEOUT_S, LIST_TIMEOUT_S = 2.0, 3.0
@@ -109,9 +109,7 @@ class Loop:
 
 def serve(problem: Problem, goal: Goal, policy: Policy, options: Options) -> None:
     """Keep a plan in force in Kubernetes until SIGTERM or Ctrl-C; raises `ScalerError`. For the main thread."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look is too much
     registry, api = CollectorRegistry(), kubernetes_api.connect()
