@@ -44,6 +44,31 @@ def test_each_edgecascade_line_is_one_the_command_line_takes(words):
         assert context.command is command
 
 
+def mentions(page):
+    """Words of each command in the text, in backticks or on an indented line; arguments may be left out there."""
+    text = page.read_text("utf-8")
+    for told in re.findall(r"`((?:[A-Z_]+=\S+ )*edgecascade [^`]+)`|^    (edgecascade .+)$", text, re.MULTILINE):
+        words = re.sub(r"^([A-Z_]+=\S+ )*edgecascade ", "", "".join(told))
+        yield shlex.split(words, comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_command_in_the_text_has_that_name_and_those_options(page):
+    for words in mentions(page):
+        command, rest = typer.main.get_command(edgecascade.app), list(words)
+        while rest and hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_place_in_the_text_exists(page):
+    rooms = "bench|deploy|docs|examples|functions|models|routing|scaler|tests"
+    for place in re.findall(rf"`((?:{rooms})/[\w./-]+)`", page.read_text("utf-8")):
+        assert (ROOT / place).exists() or (ROOT / f"{place}.py").exists(), place
+
+
 @pytest.mark.parametrize("words", lines_of("make"), ids=" ".join)
 def test_each_make_line_names_a_target(words):
     said = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
