@@ -165,6 +165,10 @@ class Troupe:
         """How many sessions lost a shard, as far as those count that live."""
         return sum(self._counts(shard, "edgecascade_links_lost_total") for shard in self.shards)
 
+    def sessions(self) -> float:
+        """How many sessions all shards hold."""
+        return sum(self._counts(shard, "edgecascade_shard_sessions") for shard in self.shards)
+
     def wait_ready(self, shard: Shard) -> None:
         """Return when it takes requests; raises `BenchError` if it does not for long."""
         ends = time.monotonic() + _READY_S
@@ -192,6 +196,19 @@ class Troupe:
     def _end(self) -> None:
         for name in list(self._stacks):
             self._stop(name)
+
+
+def processes(groups: Sequence[int]) -> Iterator[Path]:
+    """The folders in /proc of the living processes of some groups (proc(5))."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (folder / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
+            if int(fields[_GROUP]) in groups:
+                yield folder
+
+
+_GROUP = 2
+"""Where a process's stat has its group, counted behind the name."""
 
 
 @contextmanager

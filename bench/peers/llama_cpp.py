@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from bench.peers import Entrant, Floats, Greedy, Model, Reader
 
 BATCH = 512
 ABOUT = "n_batch 512, mmap, fp16 cache, flash attention on"
+_REMOTE = "RPC "
+"""Begins the name of a setting that keeps the head and so many of the last layers in another process."""
 
 
 def entrants(model: Model) -> list[Entrant]:
@@ -23,6 +26,11 @@ def entrants(model: Model) -> list[Entrant]:
     asis = Entrant("llama.cpp", "file", model.file, f"the GGUF itself; {ABOUT}")
     q4_0 = Entrant("llama.cpp", "Q4_0", model.q4_0, f"8-bit head; {ABOUT}")
     return [q4_0] if model.same else [asis, q4_0]
+
+
+def remote(file: Path, layers: int) -> Entrant:
+    """The file with its head and last `layers` in a server of llama.cpp's RPC backend, on loopback."""
+    return Entrant("llama.cpp", f"{_REMOTE}{layers}", file, f"the last {layers} layers and the head over RPC")
 
 
 def prepare(_model: Model, _entrant: Entrant) -> None:
@@ -37,7 +45,12 @@ def warm_up() -> None:
 
 
 def load(entrant: Entrant, threads: int, context: int) -> Reader:
-    """Load the file."""
+    """Load the file; raises `ContenderError`."""
+    if entrant.setting.startswith(_REMOTE):
+        from bench.peers.llama_rpc import devices
+
+        layers = int(entrant.setting.removeprefix(_REMOTE))
+        return _Reader(str(entrant.path).encode(), threads, context, devices(threads), layers + 1)
     return _Reader(str(entrant.path).encode(), threads, context)
 
 
@@ -52,11 +65,15 @@ def weight_bytes(entrant: Entrant) -> int:
 
 
 class _Reader(Greedy):
-    def __init__(self, path: bytes, threads: int, context: int) -> None:
+    """`devices` take the last `moved` of layers and head; None: all stays in this process."""
+
+    def __init__(self, path: bytes, threads: int, context: int, devices: Any = None, moved: int = 0) -> None:
         import llama_cpp as api
 
         self._api: Any = api
         settings = api.llama_model_default_params()
+        if devices is not None:
+            settings.devices, settings.n_gpu_layers = ctypes.cast(devices, ctypes.c_void_p), moved
         self._model = api.llama_model_load_from_file(path, settings)
         if not self._model:
             raise ContenderError("llama.cpp refuses the file")
