@@ -40,7 +40,7 @@ $(BENCH_STAMP): pyproject.toml constraints-bench.txt
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@$(BENCH_VENV)/bin/python $(PIP) install -c constraints-bench.txt -e '.[bench]'
 	@echo "building llama.cpp (minutes) …"
-	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_RPC=ON -DLLAVA_BUILD=OFF" \
 	  $(BENCH_VENV)/bin/python $(PIP) install -c constraints-bench.txt -e '.[bench-llama]' \
 	  || echo "llama.cpp could not be built (it needs cmake and a C++ compiler): its rows will be missing" >&2
 	@touch $@

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -87,7 +87,7 @@ class Client:
         *,
         fields: Mapping[str, Any] | None = None,
         deadline_ms: float | None = None,
-    ) -> Iterator[str | Reply]:
+    ) -> Generator[str | Reply]:
         """Send messages and yield each piece of text as it comes, then the reply as a whole; raises `ServiceError`.
 
         `fields` go into the body as they are.

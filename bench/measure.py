@@ -11,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import leaks as leaks_of
 from bench import links as links_of
 from bench import overhead as own_cost
 from bench import plot as plots
 from bench import ranked as ranked_of
 from bench import rolling as roll
+from bench import rpc as rpc_of
 from bench import saturation, tables
 from bench import sites as two_sites
 from bench import survival as survival_of
@@ -269,6 +271,34 @@ def survival(start: Start, plan: survival_of.Plan, *, as_json: bool) -> None:
         print(f"the longest pause after a kill: {p50:.0f} ms (median), {most:.0f} at most")
     for why, times in found.reasons.items():
         print(f"lost {times} x: {why}")
+
+
+def leaks(start: Start, plan: leaks_of.Plan, *, as_json: bool) -> None:
+    """Ask shards many times and print what they hold before and after; raises `BenchError`."""
+    with bar("asking") as report:
+        found = leaks_of.measure(start, plan, report)
+    if as_json:
+        print(json.dumps({"shards": plan.shards, **found.as_dict()}))
+        return
+    print(f"{found.answered} answered, {found.left} left by their callers, {found.refused} failed")
+    for when, held in (("before", found.before), ("after", found.after)):
+        print(
+            f"{when}: {held.sessions} sessions, {held.files} file descriptors, {held.threads} threads, "
+            f"{held.resident_bytes / 1e6:.0f} MB"
+        )
+
+
+def rpc(file: Path, plan: rpc_of.Plan, *, as_json: bool) -> None:
+    """Let llama.cpp decode whole and cut, and print both; raises `BenchError`."""
+    with bar("decoding") as report:
+        found = rpc_of.measure(file, plan, report)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    print(
+        f"llama.cpp, {found.file}, {found.threads} threads a process: {found.whole_ms:.2f} ms a token whole, ", end=""
+    )
+    print(f"{found.cut_ms:.2f} with {found.layers_away} layers and the head over RPC; the hop adds {found.hop_ms:.2f}")
 
 
 def _factors(site: Site) -> str:

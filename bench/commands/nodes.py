@@ -90,6 +90,53 @@ def survival(
     measure(rooms.start, plan, as_json=as_json)
 
 
+def leaks(
+    context: typer.Context,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that count.")] = 10_000,
+    tier: Annotated[Path | None, typer.Option(help="The artifact of a tier that chats; by default the edge's.")] = None,
+    shards: Annotated[int, typer.Option(min=2, help="Ranges that the layers are cut into.")] = 2,
+    callers: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    leave_each: Annotated[int, typer.Option(min=1, help="Each so-manieth caller leaves in mid-answer.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Ask shards many times, with callers who leave: sessions, file descriptors and threads must be as before.
+
+    Examples: edgecascade bench leaks --json
+              edgecascade bench leaks --requests 500 --shards 3
+    """
+    from bench.leaks import Plan
+    from bench.measure import leaks as measure
+
+    rooms: Rooms = context.obj[Rooms]
+    plan = Plan(tier or rooms.home() / "edge", shards, requests, callers, leave_each)
+    measure(rooms.start, plan, as_json=as_json)
+
+
+def rpc(
+    context: typer.Context,
+    layers: Annotated[int, typer.Option(min=1, help="The last ones, which another process runs.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns; figures are their medians.")] = 7,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens a turn.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure what cutting SmolLM2 costs llama.cpp, by its RPC backend: beside `bench links`, which cuts ours.
+
+    Needs the peers: make bench-peers, then .venv-bench/bin/edgecascade bench rpc
+
+    Example: edgecascade bench rpc --rounds 9 --json
+    """
+    from bench.measure import rpc as measure
+    from bench.progress import bar
+    from bench.rpc import Plan
+
+    rooms: Rooms = context.obj[Rooms]
+    with bar("fetching") as report:
+        file = rooms.smollm2(report)
+    log = rooms.home() / "bench" / "rpc.log"
+    measure(file, Plan(layers, rounds, tokens, threads, log), as_json=as_json)
+
+
 def placement(
     nodes: Annotated[int, typer.Option(min=2, max=200, help="Nodes of each fleet.")] = 64,
     layers: Annotated[int, typer.Option(min=2, max=200, help="Layers of the model.")] = 80,

@@ -1,4 +1,4 @@
-"""`bench links --beside`: what a cut costs llama.cpp, whose RPC backend has layers computed in another process."""
+"""`bench rpc`: what a cut costs llama.cpp, whose RPC backend has layers computed in another process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _IDS = range(100, 100 + 2 * _PROMPT)
 
 @dataclass(frozen=True)
 class Plan:
-    """How often, how many tokens each time, and threads of each process."""
+    """`layers` run in another process, with the head; so many turns and tokens, and threads of each process."""
 
+    layers: int
     rounds: int
     tokens: int
     threads: int
+    log: Path
 
 
 @dataclass(frozen=True)
-class Beside:
+class Figures:
     """Medians of turns: milliseconds a token whole and in two processes with `threads` each, and what the hop adds."""
 
     file: str
@@ -38,24 +40,25 @@ class Beside:
     hop_ms: float
 
 
-def measure(file: Path, layers_away: int, plan: Plan, log: Path, report: Callable[[int, int, str], None]) -> Beside:
+def measure(file: Path, plan: Plan, report: Callable[[int, int, str], None]) -> Figures:
     """Let llama.cpp decode the file whole, and with its last layers and its head in another process, in turns.
 
     Raises `BenchError`, also where llama.cpp is not installed or has no RPC backend.
     """
     if missing("llama.cpp"):
         raise BenchError("llama.cpp is not installed; 'make bench-peers' builds it: run .venv-bench/bin/edgecascade")
+    plan.log.parent.mkdir(parents=True, exist_ok=True)
     whole = Entrant("llama.cpp", "file", file, "the GGUF itself")
     with ExitStack() as stack:
-        cut = remote(file, layers_away)
-        workers = [stack.enter_context(_worker(one, plan.threads, log)) for one in (whole, cut)]
+        cut = remote(file, plan.layers)
+        workers = [stack.enter_context(_worker(one, plan)) for one in (whole, cut)]
         turns = []
         for number in range(plan.rounds):
             turns.append([_token_ms(worker, plan.tokens) for worker in workers])
             report(number + 1, plan.rounds, "llama.cpp over RPC")
-    return Beside(
+    return Figures(
         file.name,
-        layers_away,
+        plan.layers,
         plan.threads,
         median(a for a, _ in turns),
         median(b for _, b in turns),
@@ -63,8 +66,8 @@ def measure(file: Path, layers_away: int, plan: Plan, log: Path, report: Callabl
     )
 
 
-def _worker(entrant: Entrant, threads: int, log: Path) -> Worker:
-    worker = Worker(entrant, threads, _CONTEXT, log)
+def _worker(entrant: Entrant, plan: Plan) -> Worker:
+    worker = Worker(entrant, plan.threads, _CONTEXT, plan.log)
     worker.ask("load", first=_IDS[0])
     return worker
 
