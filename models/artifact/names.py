@@ -72,7 +72,7 @@ def file_of(tensor: str) -> str:
 
 def of_small_passes(tensor: str) -> bool:
     """Whether the tensor is an operand of a layer's projection, which passes over many tokens do without."""
-    return tensor.startswith("layers.") and tensor.rpartition(".")[2] in {"w", "q", "scale", "shift"}
+    return tensor.startswith("layers.") and tensor.rpartition(".")[2] in {"w", "q", "scale", "shift", "zero"}
 
 
 def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:

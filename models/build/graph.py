@@ -22,7 +22,7 @@ CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
 
-KINDS: Mapping[str, int] = {"q": TensorProto.UINT8, "i8": TensorProto.INT8}
+KINDS: Mapping[str, int] = {"q": TensorProto.UINT8, "zero": TensorProto.UINT8, "i8": TensorProto.INT8}
 """Types of stored tensors by suffix; all others are fp32."""
 
 ACTIVATION_OPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -276,7 +276,10 @@ class _Builder:
 
     def _block_product(self, site: str, x: str, n_in: int) -> str:
         bits, block = bits_and_block(n_in, self._tensors[f"{site}.q"])
-        inputs = [x, self.weight(f"{site}.q"), self.weight(f"{site}.scale")]
+        operands = [self.weight(f"{site}.{key}") for key in ("q", "scale", "zero") if f"{site}.{key}" in self._tensors]
+        if f"{site}.zero" in self._tensors:
+            x, n_in = self._with_sums(x, n_in), n_in + n_in // BLOCK
+        inputs = [x, *operands]
         return self.node(
             "MatMulNBits", inputs, [f"{site}.y"], CONTRIB,
             K=n_in, N=self._tensors[f"{site}.q"][0], bits=bits, block_size=block, accuracy_level=self._accuracy_level,
@@ -302,6 +305,10 @@ class _Builder:
         blocks = self.constant(f"blocks_of_{n_in}", [0, 0, n_in // BLOCK, BLOCK])  # 0: as it was
         cut = self.node("Reshape", [x, blocks], [f"{x}.blocks"])
         return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
+
+    def _with_sums(self, x: str, n_in: int) -> str:
+        """Put the sums of x over blocks behind it, (B, T, K) → (B, T, K + K/32)."""
+        return self.node("Concat", [x, self._block_sums(x, n_in)], [f"{x}.with_sums"], axis=-1)
 
     def last_logits(self, hidden: str) -> str:
         """Add the vocabulary head on the last positions, from the one on that an input names."""
