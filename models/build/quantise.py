@@ -33,7 +33,8 @@ class Scheme:
     """How one matrix is stored: `bits` a code and `block` inputs a scale, or fp32 (32 bits).
 
     Either the file's own grid is kept where it has one (`keeps_grid`), its offsets folded in if it `folds`, or codes
-    are symmetric, fitted to a text's inputs if `calibrated`, else to the weights alone.
+    are symmetric, fitted to a text's inputs if `calibrated`, else to the weights alone. A head that `is_draft`
+    has its best logits computed again from the table of embeddings.
     """
 
     bits: int
@@ -41,18 +42,20 @@ class Scheme:
     keeps_grid: bool = False
     folds: bool = False
     calibrated: bool = False
+    is_draft: bool = False
 
 
 TABLE, HEAD = "table", "head"
 """Stand for the table of embeddings, and for the head where it is not stored like it, beside the projections."""
 _FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, 64, keeps_grid=True)
 _FOLDED = Scheme(NIBBLE, keeps_grid=True, folds=True)
+_TWO_STEPS = Scheme(NIBBLE, 64, calibrated=True, is_draft=True)
 _CALIBRATED = Scheme(NIBBLE, 128, calibrated=True)
 SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
     "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
     "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
-    "int4-folded": {**dict.fromkeys(SITES, _FOLDED), TABLE: _EIGHT},
+    "int4-folded": {**dict.fromkeys(SITES, _FOLDED), HEAD: _TWO_STEPS, TABLE: _EIGHT},
     "int4-gptq": {**dict.fromkeys((*SITES, HEAD), _CALIBRATED), TABLE: _EIGHT},
 }
 """Quantisations by name. A head has 8 bits unless it is calibrated: four cost a small model too much.
