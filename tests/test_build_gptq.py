@@ -99,14 +99,14 @@ def test_the_walk_meets_the_states_that_the_model_has(path: Path) -> None:
     for layer in range(SHAPE.n_layers):
         weights = {site: packed.tensors[f"layers.{layer}.{site}.w"] for site in SITES}
         norms = {name: packed.tensors[f"layers.{layer}.{name}"] for name in ("attn_norm", "mlp_norm")}
-        rounding.layer(weights, norms)
+        rounding.layer(weights, norms, {})
     found = rounding._normed(packed.tensors["final_norm"])
     for states, ids in zip(found, (IDS, IDS[::-1]), strict=True):
         wanted = reference.hidden(ids)
         assert np.sqrt(((states - wanted) ** 2).mean() / (wanted**2).mean()) < 0.03
 
 
-@pytest.mark.parametrize(("quant", "most"), [("int8", 0.05), ("int4-gptq", 1.1)])
+@pytest.mark.parametrize(("quant", "most"), [("int8", 0.05), ("int4-folded", 0.2), ("int4-gptq", 1.1)])
 def test_an_artifact_says_how_it_was_quantised_and_answers(path: Path, tmp_path: Path, quant: str, most: float) -> None:
     m = build(GgufSource(path), tmp_path / "out", quant, None, quiet).manifest
     assert m.quantisation == quant

@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.build.gguf_source import GgufSource
-from models.build.quantise import SCHEMES, dequantise, grid_operands, operands, pack_nibbles, symmetric, unpack_nibbles
+from models.build.quantise import (
+    SCHEMES,
+    dequantise,
+    fits,
+    folded,
+    grid_operands,
+    operands,
+    pack_nibbles,
+    symmetric,
+    unpack_nibbles,
+)
 from tests.tiny_models import write_gguf
 
 
@@ -34,6 +44,26 @@ def test_fused_parts_of_unlike_grids_stay_exact(tmp_path: Path) -> None:
     found = operands(source, names, SCHEMES["int4"]["qkv"])
     assert set(found) == {"q", "scale", "shift"}
     assert np.allclose(dequantise(found, 64), np.concatenate([source.tensor(n) for n in names]), atol=1e-6)
+
+
+@given(st.integers(0, 10_000))
+def test_folded_offsets_stay_within_a_fraction_of_a_step(seed: int) -> None:
+    """A whole zero point leaves at most half a step over, which is rounded with its row's others to 4 bits."""
+    weights = gaussian(4, 96, seed)
+    weights[1, :32] = 0.25  # a block without a step
+    blocks = gguf.quants.quantize(weights, Kind.Q4_1)
+    parts = grid_operands(blocks, "Q4_1")
+    found = folded(parts)
+    assert set(found) == {"q", "scale", "zero"}
+    assert fits(found, 4, 96, SCHEMES["int4-folded"]["qkv"])
+    left = np.maximum(0.5 * parts["scale"].max(-1), np.where(parts["scale"].min(-1) == 0, 0.25, 0))
+    error = np.abs(dequantise(found, 96) - gguf.quants.dequantize(blocks, Kind.Q4_1)).max(-1)
+    assert (error <= left / 7 + 1e-6).all()
+
+
+def test_a_grid_without_offsets_is_not_changed_by_folding() -> None:
+    parts = grid_operands(gguf.quants.quantize(gaussian(4, 96), Kind.Q4_0), "Q4_0")
+    assert folded(parts).keys() == parts.keys()
 
 
 def test_added_weights_leave_the_grid(tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ from gguf import GGMLQuantizationType as Kind
 from models.artifact.names import FRAMES, PLAIN
 from models.build.adapter import Adapter
 from models.build.gguf_source import GgufSource
+from models.build.graph import BEST
 from models.build.pack import PackedModel, pack
-from models.errors import PromptTooLongError
+from models.errors import ArtifactError, PromptTooLongError
 from models.runtime.engine import CHUNK, Decoder, Embeddings
+from models.runtime.layers import Layers
+from models.runtime.ranks import part, split
 from models.runtime.sessions import EngineOptions
 from tests.tiny_models import NARROW_HEADS, SHAPE, NumpyLlama, quiet, random_head, write_adapter, write_gguf
 
@@ -66,6 +69,48 @@ def test_every_format_computes_what_the_file_says(
         assert relative_error(sequence.hidden(IDS), wanted.hidden(IDS)) < tolerance
     with decoder(packed).sequence() as sequence:
         assert relative_error(sequence.logits(IDS), wanted.logits(IDS)[-1]) < tolerance
+
+
+@pytest.fixture(scope="module")
+def folded(gguf_path: Path) -> PackedModel:
+    return pack(GgufSource(gguf_path), "int4-folded", None, quiet, accuracy_level=EXACT_ACTIVATIONS)
+
+
+def test_folded_offsets_compute_nearly_what_the_file_says(folded: PackedModel, reference: NumpyLlama) -> None:
+    """What whole zero points leave over is rounded to 4 bits."""
+    with decoder(folded).sequence() as sequence:
+        assert relative_error(sequence.hidden(IDS), reference.hidden(IDS)) < 0.02
+
+
+def test_a_draft_of_logits_is_made_good_where_it_counts(folded: PackedModel) -> None:
+    """The best logits are the hidden state's products with the table's rows; all others come from four bits."""
+    engine = decoder(folded)
+    with engine.sequence() as sequence:
+        logits = sequence.logits(IDS).copy()
+    with engine.sequence() as sequence:
+        exact = engine.embeddings.rows(range(SHAPE.vocab_size)) @ sequence.hidden(IDS)[-1]
+    near = np.isclose(logits, exact, atol=1e-5)
+    assert BEST <= near.sum() < SHAPE.vocab_size
+    assert near[np.argsort(-exact)[: BEST // 2]].all()
+
+
+def test_a_draft_of_logits_is_the_same_for_each_of_several_sequences(folded: PackedModel) -> None:
+    engine = decoder(folded, sequences=2)
+    with engine.sequence() as one, engine.sequence() as other:
+        wanted = [one.logits(IDS).copy(), other.logits(IDS[::-1]).copy()]
+        for sequence in (one, other):
+            sequence.rewind(len(IDS) - 1)
+        one.next_id, other.next_id = IDS[-1], IDS[0]
+        engine.step([one, other])
+        for sequence, logits in zip((one, other), wanted, strict=True):
+            assert np.allclose(sequence._logits, logits, atol=2e-4)
+
+
+def test_shards_and_ranks_refuse_a_draft_of_logits(folded: PackedModel) -> None:
+    with pytest.raises(ArtifactError, match="--quant int4"):
+        Layers(folded.shape, folded.segments(PLAIN), EngineOptions(threads=1))
+    with pytest.raises(ArtifactError, match="--quant int4"):
+        part(folded.tensors, split(folded.shape, 2)[0], folded.shape)
 
 
 def test_narrow_heads_are_rotated_by_the_graph(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ ABOUT = {
     "int4": "the file's own grid, its 8-bit head",
     "int4+prefill": "int4, and in int8 for long passes",
     "Q4_0": "the Q4_0 file's grid, 8-bit head",
+    "int4-folded": "the file's grid, its offsets folded into the product",
     "int4-gptq": "4 bits calibrated on texts",
     "int4-gptq+prefill": "int4-gptq, and in int8 for long passes",
     "int8": "8 bits in blocks of 64, the head as in the file",
@@ -36,7 +37,7 @@ def entrants(model: Model) -> list[Entrant]:
     if not model.trained:  # there is nothing to calibrate, which would take longest
         settings: Sequence[str] = ("int4", "int4+prefill", "int8")
     else:
-        others = ("int4-gptq", "int4-gptq+prefill", "int8")
+        others = ("int4-folded", "int4-gptq", "int4-gptq+prefill", "int8")
         settings = ("int4", *others) if model.same else ("int4", "Q4_0", *others)
     return [_entrant(model, setting) for setting in settings]
 

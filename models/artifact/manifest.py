@@ -20,7 +20,7 @@ SCHEMA = 2
 FUSED, EXPORTED = "fused", "exported"
 """Our own graph, which extends key-value buffers in place; or somebody else's, which hands grown ones back."""
 GRAPHS = (FUSED, EXPORTED)
-QUANTISATIONS = ("int4", "int4-gptq", "int8", "fp32")
+QUANTISATIONS = ("int4", "int4-folded", "int4-gptq", "int8", "fp32")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS: Mapping[str, tuple[type, ...]] = {

@@ -5,8 +5,10 @@ A tensor's name says its file: `layers.3.qkv.q` lies in `layer-003.safetensors`,
 `embeddings.q` in `embeddings.safetensors` (absent where the table is tied: then the head's is read).
 
 Suffixes of a projection: `.w` fp32 (N, K); or `.q` uint8 blocks (N, ⌈K/B⌉, B * bits/8) with `.scale` fp32 (N, ⌈K/B⌉)
-and, where a block has an offset, `.shift` fp32 (K/B, N). Bits are 4 or 8; B weights share a scale. A second copy for
-long passes is `.i8` int8 (K, N) with `.scale` fp32 (N,).
+and, where a block has an offset, `.shift` fp32 (K/B, N). Bits are 4 or 8; B weights share a scale. With `.zero` uint8
+(N, ⌈G/2⌉), zero points in pairs, the codes go on behind K: the last of their G blocks are for the K/B sums of the
+inputs' blocks. A second copy for long passes is `.i8` int8 (K, N) with `.scale` fp32 (N,). A head named
+`head.draft` only says which logits are the best: those are computed again from the table of embeddings.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ _LAYER_FILE = re.compile(r"(?:layer|adapter|prefill)-(\d{3,})\.safetensors")
 PLAIN, FRAMES = "plain", "frames"
 """Graph variants: the model as it is, and the model with its adapter beside the weights."""
 
+DRAFT = "head.draft"
+"""A head whose best logits are computed again."""
 LOGITS_FROM = "logits_from"
 """The graph's input that says from which position on it gives logits; graphs of before drafts have none."""
 
@@ -72,7 +76,7 @@ def file_of(tensor: str) -> str:
 
 def of_small_passes(tensor: str) -> bool:
     """Whether the tensor is an operand of a layer's projection, which passes over many tokens do without."""
-    return tensor.startswith("layers.") and tensor.rpartition(".")[2] in {"w", "q", "scale", "shift"}
+    return tensor.startswith("layers.") and tensor.rpartition(".")[2] in {"w", "q", "scale", "shift", "zero"}
 
 
 def in_range(file: str, layers: range, n_layers: int, tied: bool) -> bool:

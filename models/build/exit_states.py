@@ -79,8 +79,8 @@ class Observer:
         options = EngineOptions(threads, spin=False, sequences=1)
         parts = dict(parts_of(artifact, options, passed))
         chosen = parts.get(FRAMES) or parts[PLAIN]
-        self._layers = Layers(shape, chosen.segments, options)
         self._embeddings = Embeddings(artifact.embeddings(), artifact.labels().get("inputs"), shape.width)
+        self._layers = Layers(shape, chosen.segments, options, table=self._embeddings.flat())
         self.identity = f"{artifact.manifest.model_version} {self.passed}"
         self.skills, self.vocab_size = artifact.manifest.skills, self._embeddings.vocab_size
         self.encoder = Encoder(Tokenizer.from_str(artifact.tokenizer_json()), self.skills, self.vocab_size)

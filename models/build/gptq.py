@@ -131,14 +131,19 @@ class Rounding:
     """Follows texts through a model while its layers are rounded, so that each layer sees what it will meet."""
 
     def __init__(self, shape: LlamaShape, embedded: Sequence[Floats], schemes: Mapping[str, Scheme]) -> None:
-        """`embedded` are the texts' embeddings, (T, C) each; `schemes` say bits and block of each site."""
+        """`embedded` are the texts' embeddings, (T, C) each; `schemes` say which sites are quantised here, and how."""
         self._shape, self._streams, self._schemes = shape, list(embedded), schemes
         tables = rotary_tables(shape, max(map(len, embedded)))
         self._rotary = (tables["cos"], tables["sin"])
 
-    def layer(self, weights: Mapping[str, Floats], norms: Mapping[str, Floats]) -> dict[str, dict[str, Array]]:
-        """Quantise the fused projections (N, K) of the next layer; returns the operands of each site."""
-        done: dict[str, dict[str, Array]] = {}
+    def layer(
+        self, weights: Mapping[str, Floats], norms: Mapping[str, Floats], packed: Mapping[str, dict[str, Array]]
+    ) -> dict[str, dict[str, Array]]:
+        """Quantise the fused projections (N, K) of the next layer; returns the operands of each site.
+
+        Those that are `packed` already are only followed.
+        """
+        done = dict(packed)
         qkv = self._site("qkv", weights, self._normed(norms["attn_norm"]), done)
         self._add(self._site("out", weights, [self._attend(y) for y in qkv], done))
         gate_up = self._site("gate_up", weights, self._normed(norms["mlp_norm"]), done)
@@ -153,8 +158,9 @@ class Rounding:
         self, site: str, weights: Mapping[str, Floats], inputs: Sequence[Floats], done: dict[str, dict[str, Array]]
     ) -> list[Floats]:
         """Quantise one projection for its inputs, put it among those done, and return what it makes of them."""
-        scheme = self._schemes[site]
-        done[site] = gptq(weights[site], _moments(inputs), scheme.bits, scheme.block)
+        if site not in done:
+            scheme = self._schemes[site]
+            done[site] = gptq(weights[site], _moments(inputs), scheme.bits, scheme.block)
         matrix = dequantise(done[site], weights[site].shape[1]).T
         return [x @ matrix for x in inputs]
 

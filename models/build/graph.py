@@ -14,7 +14,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from models.artifact.names import BLOCK, BYTE, INT8_MAX, LOGITS_FROM, Span, bits_and_block, file_of
+from models.artifact.names import BLOCK, BYTE, DRAFT, INT8_MAX, LOGITS_FROM, Span, bits_and_block, file_of
 from models.artifact.shape import GELU_TANH, SILU, LlamaShape
 
 Dims = tuple[int, ...]
@@ -22,7 +22,9 @@ CONTRIB = "com.microsoft"
 FAST_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8 per block; 0 keeps them in fp32."""
 
-KINDS: Mapping[str, int] = {"q": TensorProto.UINT8, "i8": TensorProto.INT8}
+BEST = 128
+"""How many logits of a head that is a draft are computed again."""
+KINDS: Mapping[str, int] = {"q": TensorProto.UINT8, "zero": TensorProto.UINT8, "i8": TensorProto.INT8}
 """Types of stored tensors by suffix; all others are fp32."""
 
 ACTIVATION_OPS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -61,9 +63,9 @@ def decoder_graph(
 def head_graph(shape: LlamaShape, tensors: Mapping[str, Dims]) -> bytes:
     """Return the graph of the vocabulary head alone: `hidden` (1, T, C) → `logits` (1, T, V)."""
     builder = _Builder(shape, tensors, adapter=False, accuracy_level=FAST_ACTIVATIONS)
-    logits = builder.project("head", "hidden", shape.width)
+    logits = builder.logits("hidden")
     results: dict[str, tuple[str, Sequence[str | int]]] = {"logits": (logits, [1, "T", shape.vocab_size])}
-    model = builder.close("head", [_value("hidden", [1, "T", shape.width])], results)
+    model = builder.close("head", [_value("hidden", [1, "T", shape.width]), *builder.given], results)
     return bytes(model.SerializeToString())
 
 
@@ -81,7 +83,7 @@ class _Builder:
     ) -> None:
         self._shape, self._tensors, self._adapter, self._accuracy_level = shape, tensors, adapter, accuracy_level
         self._prefill = prefill
-        self._given: list[Any] = []
+        self._given: dict[str, Any] = {}
         self._nodes: list[Any] = []
         self._constants: dict[str, TensorProto] = {}
 
@@ -90,10 +92,17 @@ class _Builder:
         self._nodes.append(helper.make_node(op, list(inputs), list(outputs), domain=domain, **attributes))
         return outputs[0]
 
+    @property
+    def given(self) -> list[Any]:
+        """The stored tensors that are inputs."""
+        return list(self._given.values())
+
     def weight(self, name: str) -> str:
         """Declare a stored tensor as an external initializer, or as an input if it is given with each pass."""
+        if name in self._given:
+            return name
         if self._prefill and name.startswith("adapter."):
-            self._given.append(_value(name, self._tensors[name]))
+            self._given[name] = _value(name, self._tensors[name])
         elif name not in self._constants:
             kind = KINDS.get(name.rpartition(".")[2], TensorProto.FLOAT)
             proto = TensorProto(name=name, data_type=kind, dims=self._tensors[name])
@@ -276,7 +285,10 @@ class _Builder:
 
     def _block_product(self, site: str, x: str, n_in: int) -> str:
         bits, block = bits_and_block(n_in, self._tensors[f"{site}.q"])
-        inputs = [x, self.weight(f"{site}.q"), self.weight(f"{site}.scale")]
+        operands = [self.weight(f"{site}.{key}") for key in ("q", "scale", "zero") if f"{site}.{key}" in self._tensors]
+        if f"{site}.zero" in self._tensors:
+            x, n_in = self._with_sums(x, n_in), n_in + n_in // BLOCK
+        inputs = [x, *operands]
         return self.node(
             "MatMulNBits", inputs, [f"{site}.y"], CONTRIB,
             K=n_in, N=self._tensors[f"{site}.q"][0], bits=bits, block_size=block, accuracy_level=self._accuracy_level,
@@ -303,11 +315,41 @@ class _Builder:
         cut = self.node("Reshape", [x, blocks], [f"{x}.blocks"])
         return self.node("ReduceSum", [cut, self.constant("last_axis", [-1])], [f"{x}.sums"], keepdims=0)
 
+    def _with_sums(self, x: str, n_in: int) -> str:
+        """Put the sums of x over blocks behind it, (B, T, K) → (B, T, K + K/32)."""
+        return self.node("Concat", [x, self._block_sums(x, n_in)], [f"{x}.with_sums"], axis=-1)
+
     def last_logits(self, hidden: str) -> str:
         """Add the vocabulary head on the last positions, from the one on that an input names."""
         ends = [self.constant(name, [value]) for name, value in (("end", 2**31 - 1), ("time_axis", 1))]
         last = self.node("Slice", [hidden, LOGITS_FROM, *ends], ["last_hidden"])
-        return self.project("head", last, self._shape.width)
+        return self.logits(last)
+
+    def logits(self, hidden: str) -> str:
+        """Add the vocabulary head; the best logits of one that is a draft are computed again, in fp32 from 8 bits."""
+        if f"{DRAFT}.q" not in self._tensors:
+            return self.project("head", hidden, self._shape.width)
+        logits = self.project(DRAFT, hidden, self._shape.width)
+        best = self.constant("best_count", [min(BEST, self._shape.vocab_size)])
+        self.node("TopK", [logits, best], ["best_logits", "best"], axis=-1, sorted=0)
+        table = [self._table("q", TensorProto.UINT8), "best", self._table("scale", TensorProto.FLOAT)]
+        _, block = bits_and_block(self._shape.width, self._tensors["embeddings.q"])
+        rows = self.node(
+            "GatherBlockQuantized", table, ["best_rows"], CONTRIB,
+            gather_axis=0, quantize_axis=1, block_size=block, bits=BYTE,
+        )  # fmt: skip
+        axis = self.constant("row_axis", [2])
+        state = self.node("Unsqueeze", [hidden, axis], ["state_row"])
+        again = self.node("FusedMatMul", [state, rows], ["best_again"], CONTRIB, transB=1)
+        again = self.node("Squeeze", [again, axis], ["best_row"])
+        return self.node("ScatterElements", [logits, "best", again], ["refined"], axis=-1)
+
+    def _table(self, key: str, kind: int) -> str:
+        """The table of embeddings, codes (V, C) or scales (V, G), as an input: onnxruntime copies initializers."""
+        name = f"embeddings.{key}"
+        n_rows, n_blocks, *block = self._tensors["embeddings.q"]
+        self._given[name] = _value(name, [n_rows, n_blocks * (block[0] if key == "q" else 1)], kind)
+        return name
 
     def model(self, span: Span, outputs: Mapping[str, str]) -> ModelProto:
         """Close the graph of a span; `outputs` maps result names to values."""
@@ -317,7 +359,7 @@ class _Builder:
         inputs = [_value("x", wide)]
         inputs += [_value("last_position", ["B"], TensorProto.INT32), _value("total_length", [1], TensorProto.INT32)]
         tables = ("cos", "sin", *(("local_cos", "local_sin") if s.local_rope_theta else ()))
-        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables] + self._given
+        inputs += [_value(name, ["n_positions", s.head_dim // 2]) for name in tables] + self.given
         inputs += [_value(LOGITS_FROM, [1], TensorProto.INT64)] if span.head else []
         dims: dict[str, Sequence[str | int]] = {"hidden": wide, "carried": wide, "logits": ["B", "R", s.vocab_size]}
         results: dict[str, tuple[str, Sequence[str | int]]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, load_model_from_string
 
-from models.artifact.names import FRAMES, PLAIN, Span
+from models.artifact.names import DRAFT, FRAMES, PLAIN, Span
 from models.artifact.shape import LlamaShape
 from models.build.graph import FAST_ACTIVATIONS, decoder_graph, head_graph
 from models.build.quantise import Array
@@ -69,13 +69,15 @@ class LayerwiseHead:
 
     def __init__(self, shape: LlamaShape, tensors: Mapping[str, Array], *, exact: bool) -> None:
         weights = {name: value for name, value in tensors.items() if name.startswith("head.")}
-        graph = head_graph(shape, {name: value.shape for name, value in weights.items()})
+        graph = head_graph(shape, {name: value.shape for name, value in tensors.items()})
+        table = {key.removeprefix("embeddings."): v for key, v in tensors.items() if key.startswith("embeddings.")}
+        self._given = Embeddings(table, None, shape.width).flat() if f"{DRAFT}.q" in tensors else {}
         self._run = _Runner(graph, weights, exact=exact)
 
     def rows(self, hidden: Floats) -> Iterator[Floats]:
         """Logits (≤ ROWS_AT_ONCE, V) of (T, C), piece by piece."""
         for at in range(0, len(hidden), ROWS_AT_ONCE):
-            found = self._run(["logits"], {"hidden": hidden[None, at : at + ROWS_AT_ONCE]})[0]
+            found = self._run(["logits"], {"hidden": hidden[None, at : at + ROWS_AT_ONCE], **self._given})[0]
             yield np.asarray(found[0], np.float32)
 
 

@@ -74,7 +74,7 @@ class Measurement:
             table = source.tensor("output.weight" if source.has("output.weight") else "token_embd.weight")
             exact = LayerwiseHead(source.shape, {"head.w": table}, exact=True)
             if self._ours:
-                ours = LayerwiseHead(source.shape, written.tensors(HEAD), exact=False)
+                ours = LayerwiseHead(source.shape, written.tensors(HEAD) | written.tensors(EMBEDDINGS), exact=False)
                 losses |= token_losses(self._ours, ours, self._reference, exact)
             checked = self._check(exact, table) if self._prompts else {}
         if self._ours and self._head:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from models.artifact.names import FRAMES, PLAIN, SITES, Span, spans
+from models.artifact.names import DRAFT, FRAMES, PLAIN, SITES, Span, spans
 from models.artifact.shape import LlamaShape
 from models.build.adapter import Adapter
 from models.build.gptq import Rounding, calibration_ids
@@ -90,14 +90,21 @@ class Packing:
     @cached_property
     def rounding(self) -> Rounding | None:
         """What rounds the projections on texts of ours, where the quantisation asks for it."""
-        if not any(self.schemes[site].calibrated for site in SITES):
+        if not self._calibrated:
             return None
         table = self.source.tensor("token_embd.weight")
         return Rounding(self.shape, [table[ids] for ids in calibration_ids(self.source)], self.schemes)
 
+    @property
+    def _calibrated(self) -> bool:
+        """Whether any part of the model is rounded for what it meets on texts."""
+        return any(self.schemes[site].calibrated for site in SITES) or (
+            self._own_head and self.schemes[HEAD].calibrated
+        )
+
     def check(self) -> None:
         """Raise `SourceError` if the source has tensors that the graph does not know."""
-        if any(scheme.calibrated for scheme in self.schemes.values()) and not self._plain_llama:
+        if self._calibrated and not self._plain_llama:
             raise SourceError(f"--quant {self.quant} follows plain Llama models only; use int4")
         if self.shape.n_experts and self.prefill:
             raise SourceError("--prefill does not fit a mixture of experts; leave it out")
@@ -148,8 +155,14 @@ class Packing:
 
     @property
     def _own_head(self) -> bool:
-        """Whether the head is stored in another way than the table of embeddings."""
-        return HEAD in self.schemes and self.source.has_lm_head
+        """Whether the head is stored in another way than the table of embeddings.
+
+        A head whose best logits are computed again needs them to be the table's own rows, in whole blocks.
+        """
+        if HEAD not in self.schemes or not self.source.has_lm_head:
+            return False
+        whole_blocks = self.shape.width % self.schemes[TABLE].block == 0
+        return not self.schemes[HEAD].is_draft or (whole_blocks and not self._untied)
 
     @property
     def _plain_llama(self) -> bool:
@@ -169,7 +182,12 @@ class Packing:
         weights = {site: stacked(self.source, self._names(n, site), merged.get(site)) for site in SITES}
         for site, (n_in, n_out) in site_widths(self.shape).items():
             _check(weights[site].shape == (n_out, n_in), self._names(n, site))
-        return self.rounding.layer(weights, {name: norms[f"layers.{n}.{name}"] for name in NORMS})
+        packed = {
+            site: operands(self.source, self._names(n, site), self.schemes[site], merged.get(site))
+            for site in SITES
+            if not self.schemes[site].calibrated
+        }
+        return self.rounding.layer(weights, {name: norms[f"layers.{n}.{name}"] for name in NORMS}, packed)
 
     def _copies(self, n: int, merged: Mapping[str, Floats]) -> dict[str, Array]:
         """The layer's projections again, for passes over many tokens."""
@@ -223,7 +241,9 @@ class Packing:
         weights = self.source.tensor(name)
         _check(weights.shape == (self.shape.vocab_size, self.shape.width), [name])
         assert self.rounding is not None  # noqa: S101
-        return {f"head.{key}": value for key, value in self.rounding.head(weights, norm, self.schemes[HEAD]).items()}
+        scheme = self.schemes[HEAD]
+        found = self.rounding.head(weights, norm, scheme)
+        return {f"{DRAFT if scheme.is_draft else 'head'}.{key}": value for key, value in found.items()}
 
     def _table(self, group: str, name: str) -> dict[str, Array]:
         """Head or embeddings, at least in 8 bits: four cost a small model too much."""

@@ -3,6 +3,10 @@
 GGUF's own grids are kept exactly. A Q4_1 block says w = d·q + m; the kernel computes d·(q − 8)·x, and what is left,
 (m + 8d)·Σx over the block, is one small product with `shift`. Q4_0 has m = −8d, so no shift; Q8_0 fits 8 bits. Other
 tensors get the best symmetric scale of a few, block by block. Shapes: N outputs, K inputs, G = ⌈K / 32⌉ blocks.
+
+Offsets can be folded into the product, which costs far less than `shift` and is nearly exact: a block gets the whole
+zero point z nearest to −m/d, and what z leaves over, m + d·z, at most d/2, is a weight of the block's Σx. Those G sums
+are G more inputs, whose weights are rounded like any others.
 """
 
 from __future__ import annotations
@@ -28,24 +32,30 @@ FLOAT = 32
 class Scheme:
     """How one matrix is stored: `bits` a code and `block` inputs a scale, or fp32 (32 bits).
 
-    Either the file's own grid is kept where it has one (`keeps_grid`), or codes are symmetric, fitted to a text's
-    inputs if `calibrated`, else to the weights alone.
+    Either the file's own grid is kept where it has one (`keeps_grid`), its offsets folded in if it `folds`, or codes
+    are symmetric, fitted to a text's inputs if `calibrated`, else to the weights alone. A head that `is_draft`
+    has its best logits computed again from the table of embeddings.
     """
 
     bits: int
     block: int = BLOCK
     keeps_grid: bool = False
+    folds: bool = False
     calibrated: bool = False
+    is_draft: bool = False
 
 
 TABLE, HEAD = "table", "head"
 """Stand for the table of embeddings, and for the head where it is not stored like it, beside the projections."""
 _FLOATS, _FOUR, _EIGHT = Scheme(FLOAT), Scheme(NIBBLE, keeps_grid=True), Scheme(BYTE, 64, keeps_grid=True)
+_FOLDED = Scheme(NIBBLE, keeps_grid=True, folds=True)
+_TWO_STEPS = Scheme(NIBBLE, 64, calibrated=True, is_draft=True)
 _CALIBRATED = Scheme(NIBBLE, 128, calibrated=True)
 SCHEMES: Mapping[str, Mapping[str, Scheme]] = {
     "fp32": dict.fromkeys((*SITES, TABLE), _FLOATS),
     "int8": dict.fromkeys((*SITES, TABLE), _EIGHT),
     "int4": {**dict.fromkeys(SITES, _FOUR), TABLE: _EIGHT},
+    "int4-folded": {**dict.fromkeys(SITES, _FOLDED), HEAD: _TWO_STEPS, TABLE: _EIGHT},
     "int4-gptq": {**dict.fromkeys((*SITES, HEAD), _CALIBRATED), TABLE: _EIGHT},
 }
 """Quantisations by name. A head has 8 bits unless it is calibrated: four cost a small model too much.
@@ -76,14 +86,14 @@ def operands(
         for rows in _matrices(source, names, extra):
             parts.append({"w": rows} if scheme.bits == FLOAT else symmetric(rows, scheme.bits, scheme.block))
     if len(parts) == 1:
-        return parts[0]
+        return folded(parts[0]) if scheme.folds else parts[0]
     if "w" in parts[0]:
         return {"w": np.concatenate([part["w"] for part in parts])}
     joined: dict[str, Array] = {key: np.concatenate([p[key] for p in parts]) for key in ("q", "scale")}
     if any("shift" in part for part in parts):
         shifts = [part.get("shift", np.zeros_like(part["scale"].T)) for part in parts]
         joined["shift"] = np.concatenate(shifts, axis=1)
-    return joined
+    return folded(joined) if scheme.folds else joined
 
 
 def expert_operands(weights: Floats, scheme: Scheme) -> dict[str, Array]:
@@ -127,6 +137,23 @@ def grid_operands(blocks: Bytes, kind: str, row_order: NDArray[np.int64] | None 
     if kind == "Q4_1":
         packed["shift"] = np.ascontiguousarray((_half(cut[..., 2:4]) + 8 * scale).T)
     return packed
+
+
+def folded(parts: Mapping[str, Array]) -> dict[str, Array]:
+    """Operands of 4-bit blocks whose `shift`, if there is one, has become zero points and weights of block sums."""
+    if "shift" not in parts:
+        return dict(parts)
+    scale, shift = parts["scale"], parts["shift"].T
+    nearest = np.rint(8 - shift / np.where(scale == 0, 1, scale))
+    zero = np.clip(nearest, 0, 15).astype(np.uint8)
+    left = symmetric(shift + (zero - np.float32(8)) * scale, NIBBLE)
+    middle = np.full(left["scale"].shape, 8, np.uint8)
+    zeros = np.concatenate([zero, middle], axis=1)
+    return {
+        "q": np.concatenate([parts["q"], left["q"]], axis=1),
+        "scale": np.concatenate([scale, left["scale"]], axis=1),
+        "zero": pack_nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))),
+    }
 
 
 def _half(two_bytes: Bytes) -> Floats:
@@ -199,11 +226,22 @@ def dequantise(parts: Mapping[str, Array], n_in: int) -> Floats:
     """Return the fp32 matrix (N, K) that the operands stand for."""
     if "w" in parts:
         return np.asarray(parts["w"], np.float32)
+    if "zero" in parts:
+        return _unfolded(parts, n_in)
     bits, _ = bits_and_block(n_in, parts["q"].shape)
     codes = parts["q"].astype(np.int16) - 128 if bits == BYTE else unpack_nibbles(parts["q"]).astype(np.int16) - 8
     weights = codes * parts["scale"][..., None]
     if "shift" in parts:
         weights = weights + parts["shift"].T[..., None]
+    return np.asarray(weights.reshape(len(weights), -1)[:, :n_in], np.float32)
+
+
+def _unfolded(parts: Mapping[str, Array], n_in: int) -> Floats:
+    scale, n_blocks = parts["scale"], -(-n_in // BLOCK)
+    zero = unpack_nibbles(parts["zero"])[:, : scale.shape[1]]
+    values = (unpack_nibbles(parts["q"]).astype(np.float32) - zero[..., None]) * scale[..., None]
+    of_sums = values[:, n_blocks:].reshape(len(values), -1)[:, :n_blocks]
+    weights = values[:, :n_blocks] + of_sums[..., None]
     return np.asarray(weights.reshape(len(weights), -1)[:, :n_in], np.float32)
 
 
@@ -218,5 +256,8 @@ def fits(parts: Mapping[str, Array], n_out: int, n_in: int, scheme: Scheme) -> b
     """Whether operands made by the scheme stand for a matrix (N, K)."""
     if "w" in parts:
         return bool(parts["w"].shape == (n_out, n_in))
+    if "zero" in parts:
+        n_blocks = -(-n_in // BLOCK)
+        return bool(parts["q"].shape[:2] == (n_out, n_blocks + -(-n_blocks // BLOCK)))
     blocks = {block_for(n_in, scheme.block), *([BLOCK] if scheme.keeps_grid else [])}
     return parts["q"].shape[:2] in {(n_out, -(-n_in // block)) for block in blocks}

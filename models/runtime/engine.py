@@ -101,11 +101,15 @@ class Embeddings:
 
     def __init__(self, table: Mapping[str, Array], inputs: Floats | None, width: int) -> None:
         self._table, self._width = table, width
+        if "w" not in table and bits_and_block(width, table["q"].shape)[0] != BYTE:
+            raise ArtifactError("the embedding table is stored in 4 bits; this version reads 8 bits or fp32")
         self._inputs = np.zeros((0, width), np.float32) if inputs is None else inputs
         self.vocab_size = len(table["w"] if "w" in table else table["q"])
 
     def rows(self, ids: Sequence[int]) -> Floats:
         """Return (T, C) in fp32; raises `IndexError` for an id that is none."""
+        if len(ids) == 1 and 0 <= ids[0] < self.vocab_size:
+            return self._known(slice(ids[0], ids[0] + 1))
         index = np.asarray(ids, np.int64)
         added = index >= self.vocab_size
         if not added.any():
@@ -115,14 +119,17 @@ class Embeddings:
         found[~added] = self._known(index[~added])
         return found
 
-    def _known(self, index: NDArray[np.int64]) -> Floats:
+    def flat(self) -> dict[str, Array]:
+        """Codes (V, C) and scales (V, G) of an 8-bit table, by their names in a graph that reads it."""
+        return {f"embeddings.{key}": value.reshape(len(value), -1) for key, value in self._table.items()}
+
+    def _known(self, index: NDArray[np.int64] | slice) -> Floats:
         if "w" in self._table:
             return np.asarray(self._table["w"][index], np.float32)
-        codes, scale = self._table["q"][index], self._table["scale"][index]
-        if bits_and_block(self._width, codes.shape)[0] != BYTE:
-            raise ArtifactError("the embedding table is stored in 4 bits; this version reads 8 bits or fp32")
-        values = (codes.astype(np.float32) - 128) * scale[..., None]
-        return np.asarray(values.reshape(len(index), -1)[:, : self._width], np.float32)
+        scale = self._table["scale"][index]
+        values = np.subtract(self._table["q"][index], 128, dtype=np.float32)
+        values *= scale[..., None]
+        return np.asarray(values.reshape(len(scale), -1)[:, : self._width])
 
 
 class Decoder:
@@ -144,7 +151,7 @@ class Decoder:
     ) -> None:
         self.shape, self.options, self.embeddings = shape, options, embeddings
         # With exact drafts a token that is read again must be read as before.
-        self.layers = Layers(shape, parts, options, () if options.exact_drafts else long)
+        self.layers = Layers(shape, parts, options, () if options.exact_drafts else long, embeddings.flat())
         self.context = self.layers.context
         self.turns = turns or Turns()
         self.prefixes = _prefix_cache(shape, options)
@@ -201,12 +208,19 @@ class Decoder:
         """
         slots = range(min(m.slot for m in members), max(m.slot for m in members) + 1)
         stack = self.layers.stack(slots, 1 + max(m.length for m in members), n_tokens=1)
-        x = np.zeros((len(slots), 1, self.shape.width), np.float32)
-        x[[m.slot - slots.start for m in members], 0] = self.embeddings.rows([m.next_id for m in members])
-        for _ in stack.run(x, [self._sequences[slot].length for slot in slots]):
-            pass
+        rows = self.embeddings.rows([m.next_id for m in members])
+        if len(slots) > 1:
+            rows = _placed(rows, [m.slot - slots.start for m in members], len(slots))
+        stack.through(rows[:, None], [self._sequences[slot].length for slot in slots])
         for member in members:
             member.stepped(stack.logits[member.slot - slots.start, 0], shared=len(slots) > 1)
+
+
+def _placed(rows: Floats, places: Sequence[int], count: int) -> Floats:
+    """Put rows (n, C) in their places among `count`; the others are zeros."""
+    found = np.zeros((count, rows.shape[1]), np.float32)
+    found[places] = rows
+    return found
 
 
 def _prefix_cache(shape: LlamaShape, options: EngineOptions) -> PrefixCache[Floats] | None:

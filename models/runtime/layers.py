@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from models.artifact.names import LOGITS_FROM
 from models.artifact.shape import LlamaShape
+from models.errors import ArtifactError
 from models.runtime.memory import KeyValueMemory
 from models.runtime.providers import short_name
 from models.runtime.sessions import EngineOptions, Loaded, Segment, load
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+TABLE = "embeddings.q"
+"""The input of a graph whose head reads the table of embeddings."""
 LONG = 24
 """Tokens from which a pass takes the segments for many tokens, where there are such."""
 
@@ -35,7 +38,7 @@ class Layers:
     """Segments of neighbouring layers, and the memory of the sequences that go through them.
 
     `long` are segments for passes over many tokens, without the head; the others take those as well where there are
-    none. Only for whoever has the turn.
+    none. `table` is the table of embeddings, for a head that reads it. Only for whoever has the turn.
     """
 
     def __init__(
@@ -44,13 +47,19 @@ class Layers:
         parts: Iterable[Segment | Loaded],
         options: EngineOptions,
         long: Sequence[Loaded] = (),
+        table: Mapping[str, Array] | None = None,
     ) -> None:
         self._segments = [part if isinstance(part, Loaded) else load([part], options)[0] for part in parts]
         self._long, self._shape = long, shape
         self.context = min(options.context, shape.context)
         self.range = range(self._segments[0].span.first, self._segments[-1].span.stop)
         self.memory = KeyValueMemory(shape, options.sequences, self.context, self.range)
-        self._rotary = rotary_tables(shape, self.context + 1)
+        self._given = {**rotary_tables(shape, self.context + 1), **(table or {})}
+        if table is None and self._segments[-1].takes(TABLE):
+            raise ArtifactError(
+                "the head computes its best logits again from the table of embeddings, so that only who has the whole "
+                "model can run it; build with --quant int4 or int8 for shards"
+            )
         self._stacks: dict[tuple[range, _Pass], Stack] = {}
         self._stacks_version = 0
 
@@ -89,7 +98,7 @@ class Layers:
         found = self._stacks.get((slots, kind))
         if found is None:
             chosen = self._long if kind is _Pass.LONG else self._segments
-            found = self._stacks[slots, kind] = Stack(self._shape, chosen, self._rotary, self.memory, slots)
+            found = self._stacks[slots, kind] = Stack(self._shape, chosen, self._given, self.memory, slots)
         return found
 
 
@@ -116,14 +125,14 @@ class Stack:
         self,
         shape: LlamaShape,
         parts: Sequence[Loaded],
-        rotary: Mapping[str, Floats],
+        given: Mapping[str, Array],
         memory: KeyValueMemory,
         slots: range,
     ) -> None:
         self._last_position, self._total_length = np.zeros(len(slots), np.int32), np.zeros(1, np.int32)
         self._logits_from = np.full(1, -1, np.int64)
         inputs: dict[str, Array] = {"last_position": self._last_position, "total_length": self._total_length}
-        inputs |= rotary
+        inputs |= given
         self._bound = [Bound(shape, part, {**inputs, **part.given}, memory, slots) for part in parts]
         if parts[-1].takes(LOGITS_FROM):
             self._bound[-1].give(LOGITS_FROM, self._logits_from)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.names import bits_and_block
+from models.artifact.names import DRAFT, bits_and_block
 from models.artifact.shape import LlamaShape
 from models.errors import ArtifactError
 
@@ -96,6 +96,8 @@ def part(tensors: Mapping[str, Array], rank: Rank, shape: LlamaShape) -> dict[st
     for name, value in tensors.items():
         site, _, suffix = name.rpartition(".")
         kind = site.rpartition(".")[2]
+        if suffix == "zero" or site == DRAFT:
+            raise ArtifactError("int4-folded cannot be split among ranks; build with --quant int4 or fp32")
         if name.startswith("adapter."):
             found[name] = _of_adapter(value, kind, suffix, rank, shape)
         elif kind in {"out", "down"} and name.startswith("layers."):
