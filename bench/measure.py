@@ -128,6 +128,7 @@ def cascade(
         "n": len(queries),
         "slowdown": dict(site.slowdown),
         "network_ms": site.network_ms,
+        "edge_threads": site.edge_threads,
         "rows": {name: f.as_dict() for name, f in figures.items()},
         "frontier": [asdict(point) for point in points],
         "link_bytes": {"counted": found.link_bytes, "reported": found.reported_bytes},

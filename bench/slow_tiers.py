@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.bundle import Running, Start, Variant
 from bench.client import Client
@@ -27,10 +27,15 @@ _LEAST_STEP = 0.25
 
 @dataclass(frozen=True)
 class Site:
-    """How the two sites are joined and what slower machines they stand for; `network_ms` there and back."""
+    """How the two sites are joined and what slower machines they stand for; `network_ms` there and back.
+
+    `edge_threads` None: as many as stack.yml says. With one, as the device has, what is multiplied is processor time
+    (`SlowedSession`): the bench, the dispatcher and the other tier, which share the cores here, are not slept off too.
+    """
 
     slowdown: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TIERS, _LEAST))
     network_ms: float = 0.0
+    edge_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ def tier_variants(site: Site) -> dict[str, Variant]:
     """Both tiers, as slow as the site has them; the edge runs all its layers."""
     slowed = {name: {_SETTING: f"{site.slowdown[name]:.4f}"} for name in TIERS}
     slowed["edge"]["EXIT_THRESHOLD"] = "off"
+    if site.edge_threads is not None:
+        slowed["edge"]["THREADS"] = str(site.edge_threads)
     return {name: Variant(name, environment) for name, environment in slowed.items()}
 
 
@@ -92,14 +99,13 @@ def slowed_to(
 ) -> Site:
     """The site at which replies through the dispatcher take `wanted_ms` on average; a tier that is slower stays so."""
     trials: list[tuple[Site, Mapping[str, float]]] = []
-    site = Site(network_ms=network_ms)
+    site = Site(network_ms=network_ms, edge_threads=1)
     for _ in range(_TRIALS):
         found = _means(start, site, queries)
         trials.append((site, found))
         say(", ".join(f"{n}: {found[n]:.1f} ms at slowdown {site.slowdown[n]:.2f}" for n in TIERS))
-        site = Site(
-            {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}, network_ms
-        )  # fmt: skip
+        factors = {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}
+        site = replace(site, slowdown=factors)
     return site
 
 

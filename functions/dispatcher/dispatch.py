@@ -239,7 +239,7 @@ class _Run:
         client = tiers.device if step.uses == "device" else tiers.edge
         ask = self._smaller(_as_chat(self._ask) if step.uses == "chat" else self._ask)
         entry = self._ledger.open(client.name)
-        remaining_s = self._clocked.expires - tiers.clock()
+        remaining_s = self._expires - tiers.clock()
         self._attempts[step.uses] = self._attempts.get(step.uses, 0) + 1
         try:
             stream = self._is_streamed(step, ask)

@@ -18,9 +18,6 @@ from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.render import EVENT_STREAM
 
 _PROBE_S = 1.0
-# Kept back from the tier's deadline, so that its answer arrives within ours.
-_RETURN_SHARE = 0.05
-_RETURN_MAX_S = 0.05
 _JSON = {"Accept": "application/json"}
 
 
@@ -70,7 +67,7 @@ class TierClient:
             raise TierFailedError("deadline")
         body = json.dumps(wire.request_body(ask, self.name, stream=stream, draft=draft), ensure_ascii=False).encode()
         try:
-            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), _headers(limit_s, stream=stream), body)
+            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), _headers(self._health.granted_s(limit_s), stream=stream), body)
         except UnreachedError as error:
             self.breaker.refused()
             raise TierFailedError(f"{self.name}_unavailable") from error
@@ -101,8 +98,7 @@ class TierClient:
         return status in {OK, TOO_MANY}
 
 
-def _headers(limit_s: float, *, stream: bool) -> Mapping[str, str]:
-    granted_s = limit_s - min(_RETURN_MAX_S, limit_s * _RETURN_SHARE)
+def _headers(granted_s: float, *, stream: bool) -> Mapping[str, str]:
     return {
         DEADLINE_HEADER: f"{1e3 * granted_s:.3f}",
         "Content-Type": "application/json",

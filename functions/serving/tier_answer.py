@@ -96,7 +96,7 @@ class Answerer:
         if decode.reader and decode.reader.flush():
             yield Piece(decode.reader.flush())
         usage = Usage.of(self.tier.count_tokens(prompt), len(decode.tokens))
-        report = self._report(ask, clocked, decode, late=decode.late)
+        report = self._report(ask, clocked, decode, late=decode.late or decode.tokens[-1].hurried)
         judged = report if frame is None else self._judged(report, ask, frame, decode)
         yield End(decode.finish_reason, usage, judged)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
 from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
 from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
-from models.runtime.exits import DepthCount, Exit, cuts_for, exits_of, open_for
+from models.runtime.exits import DepthCount, Exit, Pace, cuts_for, exits_of, open_for
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixCache, PrefixStats
 from models.runtime.providers import CPU
@@ -45,6 +46,16 @@ if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A frame as it was read after so many layers; see `Token.hurried`."""
+
+    intent: frames.Choice
+    tags: Sequence[frames.Choice]
+    passed: int
+    hurried: bool = False
+
+
 class SkillReader:
     """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`.
 
@@ -58,8 +69,9 @@ class SkillReader:
         tokenizer: Tokenizer,
         skills: SkillSet,
         exit_threshold: float | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.skills, self.depths = skills, DepthCount()
+        self.skills, self.depths, self._clock = skills, DepthCount(), clock
         self._decoder, self._tokenizer = decoder, tokenizer
         self._labels = artifact.labels()["labels"]
         calibration = artifact.manifest.calibration
@@ -87,10 +99,11 @@ class SkillReader:
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
             exits = open_for(self._exits, skill, self._decoder.reach)
             if exits:
-                choice, tags, passed = self._early(sequence, exits, skill, prompt)
-                self.depths.count(passed, len(prompt.ids) + (len(prompt.echo) if skill.slots else 0))
-                exit_layer = passed if passed < n_layers else None
-                yield from _frame(skill, prompt, choice, lambda: tags, exit_layer)
+                read = self._early(sequence, exits, skill, prompt, Pace(limits.deadline, self._clock))
+                self.depths.count(read.passed, len(prompt.ids) + (len(prompt.echo) if skill.slots else 0))
+                exit_layer = read.passed if read.passed < n_layers else None
+                for token in _frame(skill, prompt, read.intent, lambda: read.tags, exit_layer):
+                    yield replace(token, hurried=True) if read.hurried else token
                 return
             choice = self._choose(skill, sequence.hidden(prompt.ids)[-1])
             carries = bool(skill.slots.get(choice.label))
@@ -98,20 +111,22 @@ class SkillReader:
             yield from _frame(skill, prompt, choice, lambda: self._tags(sequence, skill, prompt, choice.label), None)
 
     def _early(
-        self, sequence: SkillSequence, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt
-    ) -> tuple[frames.Choice, Sequence[frames.Choice], int]:
-        """Read the frame at the first exit that is sure enough, else at the end; returns the layers passed too."""
+        self, sequence: SkillSequence, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt, pace: Pace
+    ) -> _Read:
+        """Read the frame at the first exit that is sure enough, or the last that there is time for, else at the end."""
+        n_layers = self._decoder.shape.n_layers
         descent = sequence.descent([prompt.ids, prompt.echo] if skill.slots else [prompt.ids])
-        for found in exits:
+        for found, following in zip(exits, [*(later.passed for later in exits[1:]), n_layers], strict=True):
             answer = found.read(skill, prompt, descent.to(found.passed))
-            if answer.confidence >= found.threshold(skill):
-                return answer.intent, answer.tags, found.passed
-        states = descent.to(self._decoder.shape.n_layers)
+            is_sure = answer.confidence >= found.threshold(skill)
+            if is_sure or not pace.reaches(found.passed, following):
+                return _Read(answer.intent, answer.tags, found.passed, hurried=not is_sure)
+        states = descent.to(n_layers)
         choice = self._choose(skill, states[len(prompt.ids) - 1])
         if not skill.slots.get(choice.label):
-            return choice, (), self._decoder.shape.n_layers
+            return _Read(choice, (), n_layers)
         tag_logits = self._tag_rows(skill, states[len(prompt.ids) :][list(prompt.word_ends)])
-        return choice, frames.tags(tag_logits, skill, choice.label), self._decoder.shape.n_layers
+        return _Read(choice, frames.tags(tag_logits, skill, choice.label), n_layers)
 
     def logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
         """Logits of the skill's intents (n_intents,) and, if it has slots, of each word's tags (n_words, n_tags)."""
