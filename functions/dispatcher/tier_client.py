@@ -67,7 +67,9 @@ class TierClient:
             raise TierFailedError("deadline")
         body = json.dumps(wire.request_body(ask, self.name, stream=stream, draft=draft), ensure_ascii=False).encode()
         try:
-            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), _headers(self._health.granted_s(limit_s), stream=stream), body)
+            exchange = Exchange.begin(
+                self._pool, "POST", wire.path_of(ask), _headers(self._health.granted_s(limit_s), stream=stream), body
+            )
         except UnreachedError as error:
             self.breaker.refused()
             raise TierFailedError(f"{self.name}_unavailable") from error
