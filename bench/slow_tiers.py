@@ -10,11 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from bench.bundle import Running, Start, Variant
-from bench.client import Client
-from bench.evaluate import ask_all
 from bench.faults import FaultProxy, Faults
-from bench.metrics import mean
-from bench.queries import Query
 
 TIERS = ("device", "edge")
 _SETTING = "SLOWDOWN"
@@ -91,17 +87,16 @@ def edge_of(dispatcher: str) -> str:
 
 
 def slowed_to(
-    start: Start,
+    measured: Callable[[Site], Mapping[str, float]],
     wanted_ms: Mapping[str, float],
     network_ms: float,
-    queries: Sequence[Query],
     say: Callable[[str], None] = lambda _text: None,
 ) -> Site:
-    """The site at which replies through the dispatcher take `wanted_ms` on average; a tier that is slower stays so."""
+    """The site at which replies, as `measured`, take `wanted_ms` on average; a tier that is slower stays so."""
     trials: list[tuple[Site, Mapping[str, float]]] = []
     site = Site(network_ms=network_ms, edge_threads=1)
     for _ in range(_TRIALS):
-        found = _means(start, site, queries)
+        found = measured(site)
         trials.append((site, found))
         say(", ".join(f"{n}: {found[n]:.1f} ms at slowdown {site.slowdown[n]:.2f}" for n in TIERS))
         factors = {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}
@@ -122,11 +117,3 @@ def solve(trials: Sequence[tuple[float, float]], wanted_ms: float) -> float:
         slope = (ms2 - ms1) / (k2 - k1)
         found = k2 + (wanted_ms - ms2) / slope if slope > 0 else slowdown
     return min(_MOST, max(_LEAST, found))
-
-
-def _means(start: Start, site: Site, queries: Sequence[Query]) -> dict[str, float]:
-    dispatchers = {"dispatcher": Variant("dispatcher")}
-    with staged(start, site, dispatchers) as stage, Client(stage.running.urls["dispatcher"]) as client:
-        ask_all(client, queries[:WARM_UP], TIERS)  # the first replies of a process take many times as long
-        answered = ask_all(client, queries, TIERS)
-    return {name: mean([a.replies[name].latency_ms for a in answered]) or 0.0 for name in TIERS}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from bench.cascade import (
     router_ms,
     rows,
     stage_for,
+    tier_means,
     verdict,
     ways,
 )
@@ -106,7 +108,8 @@ def test_a_tier_that_is_slower_already_stays_as_it_is():
 
 def test_trials_on_a_running_bundle_give_a_site():
     said = []
-    site = slowed_to(start_here, {"device": 1e6, "edge": 1e-3}, 4.0, QUERIES, said.append)
+    measured = partial(tier_means, start_here, ARMS[:2], QUERIES)
+    site = slowed_to(measured, {"device": 1e6, "edge": 1e-3}, 4.0, said.append)
     assert (site.slowdown, site.network_ms) == ({"device": 1000.0, "edge": 1.0}, 4.0)
     assert len(said) == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,19 +58,28 @@ class TierClient:
         """See `Health.takes_s`."""
         return self._health.takes_s(skill, share, lately=lately)
 
-    def ask(self, ask: Ask, remaining_s: float, traffic: Traffic, *, stream: bool = False, draft: str = "") -> Call:
+    def ask(
+        self,
+        ask: Ask,
+        remaining_s: float,
+        traffic: Traffic,
+        *,
+        useful_s: float = math.inf,
+        stream: bool = False,
+        draft: str = "",
+    ) -> Call:
         """Begin to ask; raises `TierFailedError` where there is no time left, or no way to the tier.
 
+        The tier is granted the time in which its answer can be here: `useful_s`, if that is less than the rest.
         `draft` is another tier's answer, for this one to verify. Costs are counted into `traffic`.
         """
         limit_s = self._health.limit_s(ask.skill, remaining_s)
         if limit_s <= 0:
             raise TierFailedError("deadline")
+        headers = _headers(self._health.granted_s(min(limit_s, useful_s)), stream=stream)
         body = json.dumps(wire.request_body(ask, self.name, stream=stream, draft=draft), ensure_ascii=False).encode()
         try:
-            exchange = Exchange.begin(
-                self._pool, "POST", wire.path_of(ask), _headers(self._health.granted_s(limit_s), stream=stream), body
-            )
+            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), headers, body)
         except UnreachedError as error:
             self.breaker.refused()
             raise TierFailedError(f"{self.name}_unavailable") from error

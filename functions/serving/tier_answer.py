@@ -65,7 +65,8 @@ class Answerer:
                 if len(decode.tokens) == 1:
                     yield Start(self.tier.card.model_id, self._forecast(ask, clocked, decode))
                 yield decode.piece(token)
-                if token.finish_reason is None and self.clock() >= clocked.expires:
+                is_open = token.finish_reason is None and not token.settled
+                if is_open and self.clock() >= clocked.expires:
                     decode.late = True
                     break
         yield from self._ending(ask, clocked, decode, prompt)

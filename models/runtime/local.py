@@ -104,9 +104,9 @@ class SkillReader:
             else:
                 read = self._last(skill, prompt, sequence.hidden(ids))
         self.depths.count(read.passed, len(ids))
-        early = read.passed < self._decoder.shape.n_layers
+        exit_layer = read.passed if read.passed < self._decoder.shape.n_layers else None
         for token in _frame(skill, prompt, read.intent, read.tags):
-            yield replace(token, exit_layer=read.passed, hurried=read.hurried) if early else token
+            yield replace(token, exit_layer=exit_layer, hurried=read.hurried, settled=True)
 
     def _early(self, descent: Descent, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt, pace: Pace) -> _Read:
         """Read the frame at the first exit that is sure enough, or the last that there is time for, else at the end."""

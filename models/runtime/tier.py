@@ -94,8 +94,9 @@ class Token:
     label's probability, before temperature; `margin` the probability of the best less that of the second best. Both
     are among what the answer's form allows; a token that it forces has 0 and 1.
     `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
-    answered, if one did, and `hurried` that it was not sure enough, but there was no time for more layers; `draft` what
-    came of the draft up to here, None if there was none or if it was not looked at.
+    answered, if one did, and `hurried` that it was not sure enough, but there was no time for more layers; `settled`
+    that the rest of the answer is known and takes no more time; `draft` what came of the draft up to here, None if
+    there was none or if it was not looked at.
     """
 
     text: str
@@ -106,6 +107,7 @@ class Token:
     finish_reason: str | None = None
     exit_layer: int | None = None
     hurried: bool = False
+    settled: bool = False
     draft: DraftUse | None = None
 
 
