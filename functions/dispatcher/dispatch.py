@@ -43,7 +43,7 @@ from routing.route import TIGHT, is_local_only
 
 MODELS = ("auto", "device", "edge")
 _OUT_OF_SCOPE = "out_of_scope"
-_REPLY_S = 0.006
+_REPLY_S = 0.008
 _REPLY_SHARE = 0.1
 """Kept back from the deadline, whichever is less: what came before us and what comes after takes time too."""
 _LOOK_EVERY_S = 0.25
