@@ -10,6 +10,10 @@ from bench.bundle import Variant
 SEQUENTIAL = "sequential"
 """What the others' accuracy is held against, and whose share local the random router gets."""
 
+EDGE_IN_TIME = "edge-exits"
+"""What an edge can say under the deadline, for the oracle that has to keep it."""
+ORACLE_IN_TIME = "oracle-in-time"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -37,6 +41,7 @@ class Arm:
 
 
 _PLAIN = {"POLICY_EDGE_EARLY": "false", "POLICY_EDGE_HEDGE": "0", "POLICY_EDGE_DRAFT": "false"}
+_EXITS = {"EXIT_THRESHOLD": "tuned"}
 ARMS = (
     Arm("device", "device only", model="device", environment=_PLAIN, hurried=False),
     Arm("edge", "edge only", model="edge", environment=_PLAIN, hurried=False),
@@ -46,9 +51,12 @@ ARMS = (
         "exits",
         "early decision, early exits",
         environment={**_PLAIN, "POLICY_EDGE_EARLY": "true"},
-        edge={"EXIT_THRESHOLD": "tuned"},
+        edge=_EXITS,
     ),
+    Arm(EDGE_IN_TIME, "edge only, early exits", model="edge", environment=_PLAIN, edge=_EXITS),
     Arm("draft", "draft/verify", environment={**_PLAIN, "POLICY_EDGE_DRAFT": "true"}),
     Arm("hedged", "hedged", environment={**_PLAIN, "POLICY_EDGE_HEDGE": "0.2"}),
 )
-TITLES = {**{arm.name: arm.title for arm in ARMS}, "random": "random router", "oracle": "oracle"}
+TITLES = {**{arm.name: arm.title for arm in ARMS}, "random": "random router", "oracle": "oracle"} | {
+    ORACLE_IN_TIME: "oracle in time"
+}

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.bundle import Running, Start, Variant
-from bench.client import Client
-from bench.evaluate import ask_all
 from bench.faults import FaultProxy, Faults
-from bench.metrics import mean
-from bench.queries import Query
 
 TIERS = ("device", "edge")
 _SETTING = "SLOWDOWN"
@@ -27,10 +23,15 @@ _LEAST_STEP = 0.25
 
 @dataclass(frozen=True)
 class Site:
-    """How the two sites are joined and what slower machines they stand for; `network_ms` there and back."""
+    """How the two sites are joined and what slower machines they stand for; `network_ms` there and back.
+
+    `edge_threads` None: as many as stack.yml says. With one, as the device has, what is multiplied is processor time
+    (`SlowedSession`): the bench, the dispatcher and the other tier, which share the cores here, are not slept off too.
+    """
 
     slowdown: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TIERS, _LEAST))
     network_ms: float = 0.0
+    edge_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def tier_variants(site: Site) -> dict[str, Variant]:
     """Both tiers, as slow as the site has them; the edge runs all its layers."""
     slowed = {name: {_SETTING: f"{site.slowdown[name]:.4f}"} for name in TIERS}
     slowed["edge"]["EXIT_THRESHOLD"] = "off"
+    if site.edge_threads is not None:
+        slowed["edge"]["THREADS"] = str(site.edge_threads)
     return {name: Variant(name, environment) for name, environment in slowed.items()}
 
 
@@ -84,22 +87,20 @@ def edge_of(dispatcher: str) -> str:
 
 
 def slowed_to(
-    start: Start,
+    measured: Callable[[Site], Mapping[str, float]],
     wanted_ms: Mapping[str, float],
     network_ms: float,
-    queries: Sequence[Query],
     say: Callable[[str], None] = lambda _text: None,
 ) -> Site:
-    """The site at which replies through the dispatcher take `wanted_ms` on average; a tier that is slower stays so."""
+    """The site at which replies, as `measured`, take `wanted_ms` on average; a tier that is slower stays so."""
     trials: list[tuple[Site, Mapping[str, float]]] = []
-    site = Site(network_ms=network_ms)
+    site = Site(network_ms=network_ms, edge_threads=1)
     for _ in range(_TRIALS):
-        found = _means(start, site, queries)
+        found = measured(site)
         trials.append((site, found))
         say(", ".join(f"{n}: {found[n]:.1f} ms at slowdown {site.slowdown[n]:.2f}" for n in TIERS))
-        site = Site(
-            {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}, network_ms
-        )  # fmt: skip
+        factors = {n: solve([(s.slowdown[n], f[n]) for s, f in trials], wanted_ms[n]) for n in TIERS}
+        site = replace(site, slowdown=factors)
     return site
 
 
@@ -116,11 +117,3 @@ def solve(trials: Sequence[tuple[float, float]], wanted_ms: float) -> float:
         slope = (ms2 - ms1) / (k2 - k1)
         found = k2 + (wanted_ms - ms2) / slope if slope > 0 else slowdown
     return min(_MOST, max(_LEAST, found))
-
-
-def _means(start: Start, site: Site, queries: Sequence[Query]) -> dict[str, float]:
-    dispatchers = {"dispatcher": Variant("dispatcher")}
-    with staged(start, site, dispatchers) as stage, Client(stage.running.urls["dispatcher"]) as client:
-        ask_all(client, queries[:WARM_UP], TIERS)  # the first replies of a process take many times as long
-        answered = ask_all(client, queries, TIERS)
-    return {name: mean([a.replies[name].latency_ms for a in answered]) or 0.0 for name in TIERS}

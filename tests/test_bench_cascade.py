@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -17,10 +18,12 @@ from bench.cascade import (
     compare,
     frontier,
     gap_closed,
+    in_time,
     refused,
     router_ms,
     rows,
     stage_for,
+    tier_means,
     verdict,
     ways,
 )
@@ -106,7 +109,8 @@ def test_a_tier_that_is_slower_already_stays_as_it_is():
 
 def test_trials_on_a_running_bundle_give_a_site():
     said = []
-    site = slowed_to(start_here, {"device": 1e6, "edge": 1e-3}, 4.0, QUERIES, said.append)
+    measured = partial(tier_means, start_here, ARMS[:2], QUERIES)
+    site = slowed_to(measured, {"device": 1e6, "edge": 1e-3}, 4.0, said.append)
     assert (site.slowdown, site.network_ms) == ({"device": 1000.0, "edge": 1.0}, 4.0)
     assert len(said) == 3
 
@@ -129,6 +133,17 @@ def test_rows_of_every_way_of_chance_and_of_the_oracle(compared):
     assert figures["device"].row.bytes == 0
     assert figures["device"].router_p50_ms is not None
     assert json.loads(json.dumps(figures["sequential"].as_dict()))["gap_closed"] is None, "here is no gap"
+
+
+def test_the_oracle_in_time_is_right_only_where_somebody_was_in_time(compared):
+    figures = rows(compared)
+    limit = figures["oracle-in-time"].row.accuracy
+    assert limit <= figures["oracle"].row.accuracy
+    late = Outcome("a", "a", True, True, latency_ms=81.0)
+    assert (in_time(late, 80.0).right, in_time(late, 80.0).latency_ms) == (False, 80.0)
+    assert in_time(late, 81.0) == late
+    best = max(f.row.accuracy for f in figures.values() if f.deadline_ms)
+    assert verdict(figures, p99_ms=1e6, points=0.5)["points_to_oracle"] == pytest.approx(100 * (limit - best))
 
 
 def test_under_a_deadline_nobody_can_keep_answers_are_flagged_or_refused(compared):

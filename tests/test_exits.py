@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from models.build.gguf_source import GgufSource
 from models.build.seal import seal_artifact
 from models.errors import ArtifactError, ShardsLostError
 from models.runtime.confidence import Confidence
-from models.runtime.exits import restored, stored
+from models.runtime.exits import Pace, restored, stored
 from models.runtime.local import LocalTier
 from models.runtime.pipeline import Replicas, open_head
 from models.runtime.tier import NO_EXIT, TUNED_EXITS, Completion, Limits, SkillQuery, Tier, Token
@@ -98,6 +99,26 @@ def test_a_frame_that_goes_on_after_others_left_early_is_the_whole_s(path: Path)
         w for w, early in zip(whole, left, strict=True) if not early
     ]
     assert sum(depth.frames for depth in mixed.stats().depths.values()) == len(QUERIES)
+
+
+def test_without_time_for_more_layers_the_exit_that_was_reached_answers(path: Path) -> None:
+    """However sure it is, and it says so; whoever has time gets the whole model's answer."""
+    late, patient = Limits(max_tokens=12, deadline=0.0), Limits(max_tokens=12, deadline=math.inf)
+    tier, whole = opened(path, 1.0), opened(path, NO_EXIT)
+    for query in QUERIES:
+        hurried = list(tier.generate(query, late))
+        assert {(token.exit_layer, token.hurried) for token in hurried} == {(1, True)}
+        assert set(json.loads("".join(token.text for token in hurried))) == {"intent", "slots"}
+        assert list(tier.generate(query, patient)) == list(whole.generate(query, late))
+    sure = [token for query in QUERIES for token in opened(path, 0.0).generate(query, late)]
+    assert not any(token.hurried for token in sure)
+
+
+@pytest.mark.parametrize(("deadline", "reaches"), [(20.0, False), (21.0, True)])
+def test_the_pace_so_far_tells_what_can_be_reached(deadline: float, reaches: bool) -> None:
+    """Ten seconds for twelve layers are ten for twelve more, and a tenth on top."""
+    times = iter([0.0, 10.0])
+    assert Pace(deadline, lambda: next(times)).reaches(12, 24) is reaches
 
 
 @pytest.mark.parametrize("threshold", [0.0, SOME, 0.995, TUNED_EXITS])

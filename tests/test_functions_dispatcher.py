@@ -19,6 +19,7 @@ from flask.testing import FlaskClient
 from functions.dispatcher.breaker import Breaker
 from functions.dispatcher.call import Happening, TierFailedError, poll
 from functions.dispatcher.exchange import Traffic
+from functions.dispatcher.health import Health
 from functions.dispatcher.tier_client import Target, TierClient
 from functions.serving.ask import Ask, Message, Shape
 from functions.serving.errors import RefusedError
@@ -388,6 +389,28 @@ def test_the_tier_gets_less_time_than_is_left_and_our_limit_holds(plays: Any) ->
     assert short == pytest.approx(190)
     assert capped == pytest.approx(4950)
     assert peer.paths == ["/function/edge" + CHAT] * 2
+
+
+def health() -> Health:
+    return Health("edge", 5.0, Breaker(lambda: True), clock=lambda: 0.0)
+
+
+def test_a_tier_is_granted_what_its_way_back_leaves_of_the_time() -> None:
+    known = health()
+    assert known.granted_s(0.1) == pytest.approx(0.095), "as long as nothing is known"
+    for took_s in (0.03, 0.05):
+        for _ in range(5):
+            known.answered("assistant", took_s, took_s - 0.012)
+    assert known.granted_s(0.1) == pytest.approx(0.088)
+    assert known.granted_s(0.02) == pytest.approx(0.01), "never less than half"
+
+
+def test_a_tier_that_does_not_say_what_it_needed_tells_nothing_of_its_way_back() -> None:
+    unknown = health()
+    for worked_s in (0.0, -1.0, 9.0):
+        for _ in range(9):
+            unknown.answered("assistant", 0.05, worked_s)
+    assert unknown.granted_s(0.1) == pytest.approx(0.095)
 
 
 def test_connections_are_kept_and_one_that_was_closed_is_not_used_again(plays: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,6 +218,16 @@ def test_the_deadline_ends_the_decode_with_what_there_is(edge: FakeTier) -> None
     assert (end.finish_reason, end.report.degraded, end.report.reason) == ("length", True, "deadline")
     assert end.report.timing_ms.decode == 4000
     assert edge.closed == 1
+
+
+def test_a_frame_that_is_settled_is_not_cut_short(edge: FakeTier) -> None:
+    """What takes no more time is given whole; where the tier itself was short of time, the reply says so."""
+    said = edge._frame(SkillQuery("home", "play some Björk"))
+    edge._frame = lambda _query: (replace(token, settled=True, hurried=True) for token in said)  # type: ignore[method-assign]
+    text, end = answer(edge, Ask(Shape.COMPLETION, "edge", "home", prompt="play some Björk"), expires=2)
+    assert json.loads(text) == {"intent": "play_music", "slots": {"artist": "Björk"}}
+    assert (end.finish_reason, end.report.degraded, end.report.reason) == ("stop", True, "deadline")
+    assert end.report.confidence is not None
 
 
 def test_a_frame_cut_short_is_still_json(edge: FakeTier) -> None:

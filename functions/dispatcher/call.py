@@ -19,7 +19,7 @@ from functions.dispatcher.health import Health
 from functions.dispatcher.wire import TierReply
 from functions.serving.ask import CHAT, Ask
 from functions.serving.errors import ApiError, RefusedError
-from functions.serving.events import CONFIDENCE_HEADER, THRESHOLD_HEADER, End, Event, Piece, Start
+from functions.serving.events import CONFIDENCE_HEADER, THRESHOLD_HEADER, End, Event, Piece, Report, Start
 
 Happening = TierReply | Event | Exception
 """What a call tells: one whole reply; or the events of a stream; or, last of all, what went wrong."""
@@ -150,7 +150,7 @@ class Call:
             return self._not_ok(status, as_json(body))
         reply = wire.read_reply(self._ask, as_json(body))
         self.close()
-        self._health.answered(self._ask.skill, self.waited_s)
+        self._health.answered(self._ask.skill, self.waited_s, _worked_s(reply.report))
         return reply
 
     def _streamed(self, reader: wire.StreamReader, head: Head, *, is_all: bool) -> Iterator[Event]:
@@ -174,7 +174,8 @@ class Call:
 
     def _ended(self, end: End) -> End:
         self.close()
-        self._health.answered(self._ask.skill, None if self._ask.skill == CHAT else self.waited_s)
+        took_s = None if self._ask.skill == CHAT else self.waited_s
+        self._health.answered(self._ask.skill, took_s, _worked_s(end.report))
         return end
 
     def _collected(self, happenings: Iterator[Happening]) -> Iterator[Happening]:
@@ -250,6 +251,10 @@ def poll(calls: Sequence[Call], until: float, now: float, bell: socket.socket | 
     wait_s = min(until, *(call.expires for call in calls)) - now if calls else until - now
     ready = {number for number, _ in poller.poll(max(0.0, 1e3 * wait_s))}
     return [call for call in calls if call.sock.fileno() in ready or wait_s >= call.expires - now]
+
+
+def _worked_s(report: Report) -> float:
+    return report.timing_ms.total / 1e3
 
 
 def as_json(body: bytes) -> Any:

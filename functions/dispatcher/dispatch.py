@@ -239,11 +239,13 @@ class _Run:
         client = tiers.device if step.uses == "device" else tiers.edge
         ask = self._smaller(_as_chat(self._ask) if step.uses == "chat" else self._ask)
         entry = self._ledger.open(client.name)
-        remaining_s = self._clocked.expires - tiers.clock()
+        now = tiers.clock()
+        remaining_s, useful_s = self._clocked.expires - now, self._expires - now
         self._attempts[step.uses] = self._attempts.get(step.uses, 0) + 1
         try:
             stream = self._is_streamed(step, ask)
-            call = client.ask(ask, remaining_s, entry.traffic, stream=stream, draft=self._draft(step))
+            draft = self._draft(step)
+            call = client.ask(ask, remaining_s, entry.traffic, useful_s=useful_s, stream=stream, draft=draft)
         except TierFailedError as failure:
             self._observe(step.uses, Failure(failure.reason, failure.retriable, self._attempts[step.uses]))
             return

@@ -16,6 +16,10 @@ _PATIENCE = 3.0
 _LEAST_TIMEOUT_S = 0.1
 # For so long a tier that is seldom asked counts as known.
 _KNOWN_S = 3600.0
+# Of what a tier's answers take beyond its own work, so many make do with what is kept back for it.
+_AWAY_SHARE = 0.9
+# Kept back for that as long as it is not known, whichever is less; and never more than that share.
+_RETURN_SHARE, _RETURN_MAX_S, _MOST_AWAY = 0.05, 0.05, 0.5
 # With less time than this nothing is held against a tier that has not answered.
 _LEAST_PATIENCE_S = 0.05
 
@@ -32,6 +36,7 @@ class Health:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._recent: dict[str, Recent] = {}
+        self._away = Recent(keeps_s=_KNOWN_S)
         self._answered_at = -math.inf
 
     def takes_s(self, skill: str, share: float, *, lately: bool = False) -> float | None:
@@ -52,12 +57,24 @@ class Health:
         patience_s = self._timeout_s if usual_s is None else max(_LEAST_TIMEOUT_S, _PATIENCE * usual_s)
         return min(remaining_s, self._timeout_s, patience_s)
 
-    def answered(self, skill: str, took_s: float | None) -> None:
-        """It answered; `took_s` is None where that says nothing of the next time."""
+    def granted_s(self, left_s: float) -> float:
+        """How much of the time left it may use, so that its answer is here in time: less the way there and back."""
+        with self._lock:
+            away_s = self._away.percentile(_AWAY_SHARE, self.clock())
+        if away_s is None:
+            away_s = min(_RETURN_MAX_S, _RETURN_SHARE * left_s)
+        return left_s - min(away_s, _MOST_AWAY * left_s)
+
+    def answered(self, skill: str, took_s: float | None, worked_s: float = 0.0) -> None:
+        """It answered; `took_s` is None where that says nothing of the next time, `worked_s` what it says it needed."""
         self._answered_at = self.clock()
         self.breaker.answered()
-        if took_s is not None:
-            self._note(skill, took_s)
+        if took_s is None:
+            return
+        self._note(skill, took_s)
+        if 0 < worked_s <= took_s:
+            with self._lock:
+                self._away.add(took_s - worked_s, self.clock())
 
     def failed(self, skill: str, waited_s: float) -> None:
         """It took the question and gave no answer, or nonsense."""

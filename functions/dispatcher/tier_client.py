@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,6 @@ from functions.serving.parse import DEADLINE_HEADER
 from functions.serving.render import EVENT_STREAM
 
 _PROBE_S = 1.0
-# Kept back from the tier's deadline, so that its answer arrives within ours.
-_RETURN_SHARE = 0.05
-_RETURN_MAX_S = 0.05
 _JSON = {"Accept": "application/json"}
 
 
@@ -60,17 +58,28 @@ class TierClient:
         """See `Health.takes_s`."""
         return self._health.takes_s(skill, share, lately=lately)
 
-    def ask(self, ask: Ask, remaining_s: float, traffic: Traffic, *, stream: bool = False, draft: str = "") -> Call:
+    def ask(
+        self,
+        ask: Ask,
+        remaining_s: float,
+        traffic: Traffic,
+        *,
+        useful_s: float = math.inf,
+        stream: bool = False,
+        draft: str = "",
+    ) -> Call:
         """Begin to ask; raises `TierFailedError` where there is no time left, or no way to the tier.
 
+        The tier is granted the time in which its answer can be here: `useful_s`, if that is less than the rest.
         `draft` is another tier's answer, for this one to verify. Costs are counted into `traffic`.
         """
         limit_s = self._health.limit_s(ask.skill, remaining_s)
         if limit_s <= 0:
             raise TierFailedError("deadline")
+        headers = _headers(self._health.granted_s(min(limit_s, useful_s)), stream=stream)
         body = json.dumps(wire.request_body(ask, self.name, stream=stream, draft=draft), ensure_ascii=False).encode()
         try:
-            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), _headers(limit_s, stream=stream), body)
+            exchange = Exchange.begin(self._pool, "POST", wire.path_of(ask), headers, body)
         except UnreachedError as error:
             self.breaker.refused()
             raise TierFailedError(f"{self.name}_unavailable") from error
@@ -101,8 +110,7 @@ class TierClient:
         return status in {OK, TOO_MANY}
 
 
-def _headers(limit_s: float, *, stream: bool) -> Mapping[str, str]:
-    granted_s = limit_s - min(_RETURN_MAX_S, limit_s * _RETURN_SHARE)
+def _headers(granted_s: float, *, stream: bool) -> Mapping[str, str]:
     return {
         DEADLINE_HEADER: f"{1e3 * granted_s:.3f}",
         "Content-Type": "application/json",

@@ -65,7 +65,8 @@ class Answerer:
                 if len(decode.tokens) == 1:
                     yield Start(self.tier.card.model_id, self._forecast(ask, clocked, decode))
                 yield decode.piece(token)
-                if token.finish_reason is None and self.clock() >= clocked.expires:
+                is_open = token.finish_reason is None and not token.settled
+                if is_open and self.clock() >= clocked.expires:
                     decode.late = True
                     break
         yield from self._ending(ask, clocked, decode, prompt)
@@ -96,7 +97,7 @@ class Answerer:
         if decode.reader and decode.reader.flush():
             yield Piece(decode.reader.flush())
         usage = Usage.of(self.tier.count_tokens(prompt), len(decode.tokens))
-        report = self._report(ask, clocked, decode, late=decode.late)
+        report = self._report(ask, clocked, decode, late=decode.late or decode.tokens[-1].hurried)
         judged = report if frame is None else self._judged(report, ask, frame, decode)
         yield End(decode.finish_reason, usage, judged)
 

@@ -29,6 +29,8 @@ from models.skills import OUT_OF_SCOPE, Skill, SkillPrompt, SkillSet
 Floats = NDArray[np.float32]
 MATRICES = ("down", "mix", "out", "tag_mix", "tag_out")
 _FLOOR = 1e-6
+_SLACK = 1.1
+"""What the layers to come are granted over the pace so far."""
 _GELU = math.sqrt(2 / math.pi)
 
 
@@ -53,6 +55,18 @@ class Exit(Protocol):
 
     def read(self, skill: Skill, prompt: SkillPrompt, states: Floats) -> ExitAnswer:
         """Read a frame from the states (T, C) of the prompt and, where the skill has slots, of the echo after it."""
+
+
+class Pace:
+    """How fast a frame goes through the layers, from when this is made; `deadline` is on the clock."""
+
+    def __init__(self, deadline: float, clock: Callable[[], float]) -> None:
+        self._deadline, self._clock, self._began = deadline, clock, clock()
+
+    def reaches(self, passed: int, following: int) -> bool:
+        """Whether, with `passed` layers behind it, the frame will have passed `following` of them in time."""
+        now = self._clock()
+        return now + _SLACK * (now - self._began) * (following - passed) / passed <= self._deadline
 
 
 def unit(states: Floats) -> Floats:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from models.errors import PromptError, PromptTooLongError
 from models.runtime import frames
 from models.runtime.chat import ChatTemplate
 from models.runtime.decode import Guide, Step, Vocabulary, decode, decode_by
+from models.runtime.descent import Descent
 from models.runtime.drafts import AnswerDraft, ChooseAhead, Chooser, PromptLookup, Proposer, ReadAhead, Verifier
-from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, SkillSequence, TextEngine, TextSequence
-from models.runtime.exits import DepthCount, Exit, cuts_for, exits_of, open_for
+from models.runtime.engine import Decoder, Embeddings, Floats, SkillEngine, TextEngine, TextSequence
+from models.runtime.exits import DepthCount, Exit, Pace, cuts_for, exits_of, open_for
 from models.runtime.exported import ExportedDecoder
 from models.runtime.prefixes import PrefixCache, PrefixStats
 from models.runtime.providers import CPU
@@ -45,6 +47,16 @@ if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A frame as it was read after so many layers; see `Token.hurried`."""
+
+    intent: frames.Choice
+    tags: Sequence[frames.Choice]
+    passed: int
+    hurried: bool = False
+
+
 class SkillReader:
     """Answers skill prompts with frames: label logits from a decoder's hidden states, read by `frames`.
 
@@ -58,8 +70,9 @@ class SkillReader:
         tokenizer: Tokenizer,
         skills: SkillSet,
         exit_threshold: float | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.skills, self.depths = skills, DepthCount()
+        self.skills, self.depths, self._clock = skills, DepthCount(), clock
         self._decoder, self._tokenizer = decoder, tokenizer
         self._labels = artifact.labels()["labels"]
         calibration = artifact.manifest.calibration
@@ -83,78 +96,70 @@ class SkillReader:
 
     def answer(self, skill: Skill, prompt: SkillPrompt, limits: Limits) -> Iterator[Token]:
         """Yield the intent, then, if it may carry slots, one tag a word; the texts join to the frame's JSON."""
-        n_layers = self._decoder.shape.n_layers
+        ids = _both(skill, prompt)
         with self._decoder.sequence(limits.deadline, limits.gone) as sequence:
             exits = open_for(self._exits, skill, self._decoder.reach)
             if exits:
-                choice, tags, passed = self._early(sequence, exits, skill, prompt)
-                self.depths.count(passed, len(prompt.ids) + (len(prompt.echo) if skill.slots else 0))
-                exit_layer = passed if passed < n_layers else None
-                yield from _frame(skill, prompt, choice, lambda: tags, exit_layer)
-                return
-            choice = self._choose(skill, sequence.hidden(prompt.ids)[-1])
-            carries = bool(skill.slots.get(choice.label))
-            self.depths.count(n_layers, len(prompt.ids) + (len(prompt.echo) if carries else 0))
-            yield from _frame(skill, prompt, choice, lambda: self._tags(sequence, skill, prompt, choice.label), None)
+                read = self._early(sequence.descent([ids]), exits, skill, prompt, Pace(limits.deadline, self._clock))
+            else:
+                read = self._last(skill, prompt, sequence.hidden(ids))
+        self.depths.count(read.passed, len(ids))
+        exit_layer = read.passed if read.passed < self._decoder.shape.n_layers else None
+        for token in _frame(skill, prompt, read.intent, read.tags):
+            yield replace(token, exit_layer=exit_layer, hurried=read.hurried, settled=True)
 
-    def _early(
-        self, sequence: SkillSequence, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt
-    ) -> tuple[frames.Choice, Sequence[frames.Choice], int]:
-        """Read the frame at the first exit that is sure enough, else at the end; returns the layers passed too."""
-        descent = sequence.descent([prompt.ids, prompt.echo] if skill.slots else [prompt.ids])
-        for found in exits:
+    def _early(self, descent: Descent, exits: Sequence[Exit], skill: Skill, prompt: SkillPrompt, pace: Pace) -> _Read:
+        """Read the frame at the first exit that is sure enough, or the last that there is time for, else at the end."""
+        n_layers = self._decoder.shape.n_layers
+        for found, following in zip(exits, [*(later.passed for later in exits[1:]), n_layers], strict=True):
             answer = found.read(skill, prompt, descent.to(found.passed))
-            if answer.confidence >= found.threshold(skill):
-                return answer.intent, answer.tags, found.passed
-        states = descent.to(self._decoder.shape.n_layers)
-        choice = self._choose(skill, states[len(prompt.ids) - 1])
+            is_sure = answer.confidence >= found.threshold(skill)
+            if is_sure or not pace.reaches(found.passed, following):
+                return _Read(answer.intent, answer.tags, found.passed, hurried=not is_sure)
+        return self._last(skill, prompt, descent.to(n_layers))
+
+    def _last(self, skill: Skill, prompt: SkillPrompt, states: Floats) -> _Read:
+        """Read the frame from the last layer's states (T, C) of all the tokens."""
+        n_layers, length = self._decoder.shape.n_layers, len(prompt.ids)
+        choice = frames.choose_intent(self._rows(skill) @ states[length - 1], skill, self._rules[skill.name])
         if not skill.slots.get(choice.label):
-            return choice, (), self._decoder.shape.n_layers
-        tag_logits = self._tag_rows(skill, states[len(prompt.ids) :][list(prompt.word_ends)])
-        return choice, frames.tags(tag_logits, skill, choice.label), self._decoder.shape.n_layers
+            return _Read(choice, (), n_layers)
+        return _Read(choice, frames.tags(self._tag_rows(skill, prompt, states), skill, choice.label), n_layers)
 
     def logits(self, query: SkillQuery) -> tuple[Floats, Floats | None]:
         """Logits of the skill's intents (n_intents,) and, if it has slots, of each word's tags (n_words, n_tags)."""
         skill, prompt = self.skills[query.skill], self.prompt(query)
         with self._decoder.sequence() as sequence:
-            intents = self._rows(skill) @ sequence.hidden(prompt.ids)[-1]
-            return intents, self._tag_logits(sequence, skill, prompt) if skill.slots else None
-
-    def _choose(self, skill: Skill, state: Floats) -> frames.Choice:
-        return frames.choose_intent(self._rows(skill) @ state, skill, self._rules[skill.name])
+            states = sequence.hidden(_both(skill, prompt))
+        intents = self._rows(skill) @ states[len(prompt.ids) - 1]
+        return intents, self._tag_rows(skill, prompt, states) if skill.slots else None
 
     def _rows(self, skill: Skill) -> Floats:
         return self._labels[self.skills.intent_rows(skill.name)]
 
-    def _tags(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt, intent: str) -> list[frames.Choice]:
-        return frames.tags(self._tag_logits(sequence, skill, prompt), skill, intent)
-
-    def _tag_logits(self, sequence: SkillSequence, skill: Skill, prompt: SkillPrompt) -> Floats:
-        return self._tag_rows(skill, sequence.hidden(prompt.echo)[list(prompt.word_ends)])
-
-    def _tag_rows(self, skill: Skill, states: Floats) -> Floats:
-        return np.asarray(states @ self._labels[self.skills.tag_rows(skill.name)].T)
+    def _tag_rows(self, skill: Skill, prompt: SkillPrompt, states: Floats) -> Floats:
+        """Tag logits (W, n_tags) from all the tokens' states (T, C)."""
+        ends = states[len(prompt.ids) :][list(prompt.word_ends)]
+        return np.asarray(ends @ self._labels[self.skills.tag_rows(skill.name)].T)
 
 
-def _frame(
-    skill: Skill,
-    prompt: SkillPrompt,
-    choice: frames.Choice,
-    read_tags: Callable[[], Sequence[frames.Choice]],
-    exit_layer: int | None,
-) -> Iterator[Token]:
-    """The tokens of a frame; the tags are read when the intent has been handed out."""
+def _both(skill: Skill, prompt: SkillPrompt) -> Sequence[int]:
+    """The prompt and, where the skill has slots, the echo: one pass over both takes two thirds of two passes' time."""
+    return [*prompt.ids, *prompt.echo] if skill.slots else prompt.ids
+
+
+def _frame(skill: Skill, prompt: SkillPrompt, choice: frames.Choice, tags: Sequence[frames.Choice]) -> Iterator[Token]:
+    """The tokens of a frame."""
     whole = json.dumps({"intent": choice.label, "slots": {}}, ensure_ascii=False)
     if not skill.slots.get(choice.label):
-        yield Token(whole, choice.logprob, choice.margin, finish_reason="stop", exit_layer=exit_layer)
+        yield Token(whole, choice.logprob, choice.margin, finish_reason="stop")
         return
-    yield Token(whole.removesuffix("}}"), choice.logprob, choice.margin, exit_layer=exit_layer)
-    tags = read_tags()
+    yield Token(whole.removesuffix("}}"), choice.logprob, choice.margin)
     slots = slots_from_tags(prompt.words, [tag.label for tag in tags])
     closing = json.dumps(slots, ensure_ascii=False)[1:] + "}"
     for tag in tags[:-1]:
-        yield Token("", tag.logprob, tag.margin, exit_layer=exit_layer)
-    yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop", exit_layer=exit_layer)
+        yield Token("", tag.logprob, tag.margin)
+    yield Token(closing, tags[-1].logprob, tags[-1].margin, finish_reason="stop")
 
 
 class TextWriter:

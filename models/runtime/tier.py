@@ -57,7 +57,8 @@ class ToolUse:
 class Limits:
     """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token.
 
-    Of answers at work the one with the earliest `deadline` goes first (seconds on any one clock; nothing ends by it).
+    Of answers at work the one with the earliest `deadline` (seconds, `time.monotonic`) goes first. A
+    frame is then read at the last early exit before it, however sure that is; nothing else ends by it.
     `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
     `draft` is text that the answer may begin with, such as a smaller model's answer: what the model agrees with costs
     it less. `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is
@@ -93,7 +94,9 @@ class Token:
     label's probability, before temperature; `margin` the probability of the best less that of the second best. Both
     are among what the answer's form allows; a token that it forces has 0 and 1.
     `finish_reason` is 'stop' or 'length' on the last token; `exit_layer` says after how many layers an early exit
-    answered, if one did; `draft` what came of the draft up to here, None if there was none or if it was not looked at.
+    answered, if one did, and `hurried` that it was not sure enough, but there was no time for more layers; `settled`
+    that the rest of the answer is known and takes no more time; `draft` what came of the draft up to here, None if
+    there was none or if it was not looked at.
     """
 
     text: str
@@ -103,6 +106,8 @@ class Token:
     top: tuple[tuple[str, float], ...] = ()
     finish_reason: str | None = None
     exit_layer: int | None = None
+    hurried: bool = False
+    settled: bool = False
     draft: DraftUse | None = None
 
 
