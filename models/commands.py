@@ -62,7 +62,7 @@ def build(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="A folder made by `edgecascade adapt`.")] = None,
-    quant: Annotated[str, typer.Option(help="int4, int4-gptq, int8 or fp32.")] = "int4",
+    quant: Annotated[str, typer.Option(help="int4, int4-folded, int4-gptq, int8 or fp32.")] = "int4",
     via: Annotated[
         str, typer.Option(help="own: our fused graph; optimum: any family it exports (needs torch).")
     ] = "own",
