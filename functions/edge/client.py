@@ -181,6 +181,7 @@ class GrpcLink:
                 ranks=self._hello.ranks,
                 head=self._hello.head,
                 place=opening.place,
+                groups=opening.groups,
                 prefix=sent_prefix(opening, self._encoding),
                 exact=opening.exact,
                 line=line,

@@ -223,7 +223,7 @@ class ShardService(SessionService):
                 f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
             )
         prefix = read_prefix(said.prefix, self.manifest.architecture.context)
-        return Opening(said.variant, self.expires(said), said.place, prefix, said.exact)
+        return Opening(said.variant, self.expires(said), said.place, said.groups, prefix, said.exact)
 
 
 def _said(promise: Promise) -> Iterator[pb.ToShard]:

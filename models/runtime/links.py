@@ -81,7 +81,8 @@ Answer = Picks | Floats
 class Opening:
     """What a session is for: the graph variant it runs, and when, on this process's clock, it is of no use any more.
 
-    Sessions with neighbouring `place`s at the head share passes.
+    Sessions with neighbouring `place`s at the head share passes, in so many `groups` as the head says; 0: as the shard
+    thinks best.
     `prefix` are the keys of the blocks that the prompt begins with, which shards may hold from others. An `exact` one
     reads every token by the same weights, however many there are in a piece.
     """
@@ -89,6 +90,7 @@ class Opening:
     variant: str
     expires: float
     place: int = 0
+    groups: int = 0
     prefix: tuple[bytes, ...] = ()
     exact: bool = False
 

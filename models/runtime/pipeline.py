@@ -362,7 +362,7 @@ class PipelineDecoder:
 def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, ReplayedSession]]:
     """Open a session at the head and beyond."""
     with lane.session(opening) as here:
-        further = beyond.open(replace(opening, place=here.slot))
+        further = beyond.open(replace(opening, place=here.slot, groups=lane.groups))
         try:
             yield here, further
         finally:

@@ -52,7 +52,7 @@ class Lane:
 
     def __init__(self, shape: LlamaShape, layers: Layers, options: EngineOptions, turns: Turns) -> None:
         self.shape, self.layers, self.turns = shape, layers, turns
-        self._groups = options.groups or max(2, math.ceil(shape.n_layers / len(layers.range)))
+        self.groups = options.groups or max(2, math.ceil(shape.n_layers / len(layers.range)))
         self.prefixes = _prefix_cache(shape, layers.range, options.prefix_cache_bytes)
         self._sessions = [StageSession(self, slot) for slot in range(options.sequences)]
         self._free = list(range(options.sequences))
@@ -95,10 +95,9 @@ class Lane:
                 self._free.append(slot)
             self._places.release()
 
-    @property
-    def company(self) -> int:
-        """How many sessions share a pass: by default so many that each shard of the model has a part to work on."""
-        return max(1, math.ceil(self.open_sessions / self._groups))
+    def company(self, groups: int) -> int:
+        """How many of the open sessions share a pass, when there are to be so many groups of them."""
+        return max(1, math.ceil(self.open_sessions / groups))
 
     def step(self, members: Sequence[StageSession]) -> None:
         """Read each member's next state, in one pass over the slots from the first to the last of them.
@@ -133,6 +132,7 @@ class StageSession:
     def reset(self, opening: Opening) -> None:
         """Begin anew; what the memory holds is never read again."""
         self.deadline, self._exact, self.length = opening.expires, opening.exact, 0
+        self._groups = opening.groups or self._lane.groups
         self._prefix: Sequence[bytes] = ()
         self._made = np.zeros((0, 0), np.float32)  # states (n, C) that the layers made of the prefix
 
@@ -180,7 +180,7 @@ class StageSession:
         lane = self._lane
         if len(states) == 1 and self.length and want is Want.TOKEN and lane.layers.batches:
             self.next_states = states
-            lane.turns.take(self, self.deadline, lane.step, shared=True, most=lane.company, place=self.slot)
+            lane.turns.take(self, self.deadline, lane.step, shared=True, most=lane.company(self._groups), place=self.slot)
             return self._result
         lane.turns.take(self, self.deadline, lambda _: self._read(states, want, rows))
         return self._result
