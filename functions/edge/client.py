@@ -251,15 +251,13 @@ class _Session:
         line.cut()
 
     def send(self, piece: Piece) -> None:
-        """Hand on a piece; that it is lost may show only when the answer is asked for."""
+        """Hand on a piece; that it is lost shows when the answer is asked for."""
         message = self._link.encode(piece)
         if self._line is None:
             self._out.put(message)
             return
-        try:
+        with suppress(LineError):
             self._line.write(message.SerializeToString())
-        except LineError as error:
-            raise self._broken(error) from None
 
     def receive(self) -> Answer:
         """The next answer."""

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -36,7 +37,7 @@ from functions.serving.web import log_failure
 from models.artifact.manifest import Manifest
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError, ShardsLostError
 from models.runtime.engine import CHUNK
-from models.runtime.links import Opening
+from models.runtime.links import Answer, Opening
 from models.runtime.pipeline import Replicas, relay
 from models.runtime.stage import Stage
 
@@ -64,10 +65,11 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 @dataclass(eq=False)
 class Heard:
-    """When a session last said something, None while it is being answered."""
+    """When a session last said something, None while it is being answered; `tell`: its line, if it has one."""
 
     context: Any
     since: float | None
+    tell: Callable[[pb.FromShard], None] | None = None
 
 
 class SessionService(ShardServicer):
@@ -150,8 +152,9 @@ class SessionService(ShardServicer):
             if not heard.context.add_callback(promise.cut):
                 return
             yield opened
+            heard.tell = lambda message: promise.line().write(message.SerializeToString())
             for answer in answers:
-                promise.line().write(answer.SerializeToString())
+                heard.tell(answer)
 
     def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Generator[pb.FromShard]:
         """What a session is told: first that it is open."""
@@ -201,16 +204,21 @@ class ShardService(SessionService):
     def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Generator[pb.FromShard]:
         """Relay pieces and answers."""
         opening = self._opening(next(messages, None))
-        shape, encoding = self.manifest.architecture, self._encoding
+        shape = self.manifest.architecture
+        untold: deque[pb.FromShard] = deque()
+
+        def tell(answer: Answer) -> None:
+            (heard.tell or untold.append)(encode_answer(answer, self._encoding, leaving=self.leaving()))
+
         with relay(self._stage, self._beyond, opening) as session:
             yield pb.FromShard(opened=pb.Opened(held_tokens=session.held_tokens), leaving=self.leaving())
             for message in messages:
                 heard.since = None
                 if message.WhichOneof("what") != "piece":
                     raise WireError("a session is opened once; after that come pieces")
-                answer = session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK))
-                if answer is not None:
-                    yield encode_answer(answer, encoding, leaving=self.leaving())
+                session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK), tell)
+                while untold:
+                    yield untold.popleft()
                 heard.since = self.clock()
 
     def _opening(self, message: pb.ToShard | None) -> Opening:

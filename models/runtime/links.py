@@ -107,7 +107,7 @@ class LinkSession(Protocol):
         """Whether the shard at the other end is about to stop: sessions had better move."""
 
     def send(self, piece: Piece) -> None:
-        """Hand on a piece; raises `LinkLostError`, now or when the answer is asked for."""
+        """Hand on a piece, and wait for nobody; that the link is lost shows when the answer is asked for."""
 
     def receive(self) -> Answer:
         """The answer to the oldest piece that wants one; raises `LinkLostError` or `ShardsLostError`."""
