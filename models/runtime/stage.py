@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
 Then = Callable[[Floats], None]
-_PATIENCE = 2.0
-"""How long a pass waits for company, in passes: the others may be at the next shard, and come back after one or two."""
+_PATIENCE, _PATIENCE_BELOW = 2.0, 0.25
+"""How long a pass of the head, and of another shard, waits for company, in passes.
+
+At the head the others may be at the next shard, and come back after one or two. From there they come together; were a
+shard to wait for who is still at the head while the head waits for who is here, neither would ever meet the other.
+"""
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class Stage:
         m = artifact.manifest
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
-        turns = Turns(_PATIENCE)
+        turns = Turns(_PATIENCE_BELOW if artifact.layers.start else _PATIENCE)
         lanes = {}
         for variant, parts in parts_of(artifact, options, exits):
             writes = m.lm_head and variant == PLAIN
