@@ -293,17 +293,18 @@ class _Session:
     def _read(self, line: Line) -> pb.FromShard:
         try:
             said = line.read()
-            if said is None:
-                raise LineError("it ended")
-            return pb.FromShard.FromString(said)
+            message = None if said is None else pb.FromShard.FromString(said)
         except (LineError, DecodeError) as error:
-            raise self._broken(error) from None
+            raise self._broken(str(error)) from None
+        if message is None:
+            raise self._broken("it ended")
+        return message
 
-    def _broken(self, error: Exception) -> LinkLostError | ShardsLostError:
+    def _broken(self, fault: str) -> LinkLostError | ShardsLostError:
         """Why the line broke: the stream says so, if it is over too."""
         if self._over.wait(_VERDICT_S) and self._call.code() is not grpc.StatusCode.OK:
             return self._failure()
-        return LinkLostError(f"{self._link.name}: the line beside the session broke, {error}")
+        return LinkLostError(f"{self._link.name}: the line beside the session broke, {fault}")
 
     def _failure(self) -> LinkLostError | ShardsLostError:
         code, said = self._call.code(), self._call.details()

@@ -57,7 +57,7 @@ class Line:
             size = _LENGTH.unpack(begin)[0] if len(begin) == _LENGTH.size else 0
             if size > self._most:
                 raise LineError(f"a message has {size} bytes; at most {self._most} are read")
-            message = self._reader.read(size)
+            message: bytes = self._reader.read(size)
         except (OSError, ValueError) as error:
             raise LineError(str(error)) from error
         if len(begin) < _LENGTH.size or len(message) < size:
