@@ -279,7 +279,11 @@ def test_good_settings_are_read() -> None:
     assert config.tls is not None
     assert config.line is None
     named = {"SHARD_LAYERS": "4-7", **TLS, "SHARD_LINE": "5052"}
-    for values, line in (({"SHARD_LAYERS": "4-7"}, 0), ({"SHARD_LAYERS": "4-7", "SHARD_LINE": "off"}, None), (named, 5052)):
+    for values, line in (
+        ({"SHARD_LAYERS": "4-7"}, 0),
+        ({"SHARD_LAYERS": "4-7", "SHARD_LINE": "off"}, None),
+        (named, 5052),
+    ):
         told = ShardConfig.from_environment(values)
         assert told is not None
         assert told.line == line
