@@ -96,6 +96,7 @@ class Promise:
         self.port, self.token = port, secrets.token_bytes(TOKEN_BYTES)
         self._arrived: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self._line: Line | None = None
+        self._over = False
 
     def arrive(self, line: Line | None) -> None:
         """Here it is; None: it will not come."""
@@ -108,10 +109,13 @@ class Promise:
                 self._line = self._arrived.get(timeout=HANDSHAKE_S)
         if self._line is None:
             raise LineError("it was asked for, and nobody took it")
+        if self._over:  # it was cut as it came
+            self._line.cut()
         return self._line
 
     def cut(self) -> None:
         """End it from another thread, or stop who waits for it."""
+        self._over = True
         self.arrive(None)
         if self._line is not None:
             self._line.cut()
