@@ -99,6 +99,8 @@ def measure(start: Start, plan: Plan, layers: int, report: Report) -> Run:
 def variants(count: int, tier: Path, threads: int, ports: Sequence[int], reached: Sequence[int]) -> dict[str, Variant]:
     """The functions of a tier in ranks, rank 0 last: the others listen on `ports`, rank 0 reaches them at `reached`."""
     common = {"MODEL_PATH": str(tier.absolute()), "THREADS": str(threads)}
+    if ports != reached:
+        common["SHARD_LINE"] = "off"  # it would go round the proxy
     if count == 1:
         return {"whole": Variant(_TIER, common)}
     found = {}

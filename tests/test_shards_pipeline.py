@@ -128,14 +128,20 @@ def test_a_sealed_tier_in_shards_answers_as_the_plain_one(int4: Path, tmp_path: 
     assert answers(in_process(sealed, (0, 1, N), keys=keys)) == answers(in_process(int4, (0, 1, N)))
 
 
-@pytest.mark.parametrize(("groups", "together"), [(0, [1, 1, 2, 2]), (1, [1, 2, 3, 4]), (4, [1, 1, 1, 1])])
-def test_sessions_share_passes_in_as_many_groups_as_asked(int4: Path, groups: int, together: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("groups", "said", "together"),
+    [(0, 0, [1, 1, 2, 2]), (1, 0, [1, 2, 3, 4]), (4, 0, [1, 1, 1, 1]), (0, 1, [1, 2, 3, 4]), (1, 2, [1, 1, 2, 2])],
+)
+def test_sessions_share_passes_in_as_many_groups_as_asked(
+    int4: Path, groups: int, said: int, together: list[int]
+) -> None:
+    """What the head said with a session goes before a shard's own setting."""
     lane = Stage.open(int4, range(N - 1), replace(OPTIONS, sequences=4, groups=groups)).lanes["plain"]
     with ExitStack() as opened:
         found = []
         for _ in range(4):
-            opened.enter_context(lane.session(Opening("plain", inf)))
-            found.append(lane.company)
+            session = opened.enter_context(lane.session(Opening("plain", inf, groups=said)))
+            found.append(session.company)
     assert found == together
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from functions.edge.config import ShardConfig, TlsSettings
+from functions.edge.lines import LineError, Lines, call
 from functions.edge.tls import Identity
 from functions.serving.settings import ConfigError
 from models.build.assemble import build
@@ -200,6 +201,49 @@ def test_a_new_authority_takes_over_without_a_restart(path: Path, authority: Aut
         assert answer(tier) == wanted
 
 
+CALLERS = {
+    "a peer": (True, {"uri": HEAD}, True),
+    "no TLS": (None, {}, False),
+    "expired": (True, {"uri": HEAD, "ends": NOW - DAY}, False),
+    "another authority": (False, {"uri": HEAD}, False),
+    "another id": (True, {"uri": "spiffe://site.example/kiosk"}, False),
+}
+
+
+@pytest.mark.parametrize("who", CALLERS)
+def test_a_line_wants_the_same_certificates(authority: Authority, tmp_path: Path, who: str) -> None:
+    """Even from whoever has the token."""
+    known, issued, welcome = CALLERS[who]
+    authority.issue(tmp_path / "tail", TAIL)
+    if known is not None:
+        (authority if known else Authority.new()).issue(tmp_path / "head", **issued)
+        (tmp_path / "head" / "ca.pem").write_bytes((tmp_path / "tail" / "ca.pem").read_bytes())
+    caller = None if known is None else identity(tmp_path / "head", TAIL)
+    lines = Lines(0, 4096, identity(tmp_path / "tail", HEAD))
+    lines.start()
+    with lines.promise() as promise:
+        heard: list[bytes | None] = []
+        with (
+            suppress(OSError, LineError),
+            closing(call(("127.0.0.1", promise.port), promise.token, 4096, 5, caller)) as line,
+        ):
+            if welcome:
+                promise.line().write(b"hello")
+            heard.append(line.read())
+        assert heard == [b"hello"] if welcome else not any(heard)
+    lines.stop()
+
+
+def test_a_caller_of_a_line_refuses_impostors(authority: Authority, tmp_path: Path) -> None:
+    authority.issue(tmp_path / "tail", "spiffe://site.example/kiosk")
+    authority.issue(tmp_path / "head", HEAD)
+    lines = Lines(0, 4096, identity(tmp_path / "tail", HEAD))
+    lines.start()
+    with lines.promise() as promise, pytest.raises(OSError, match="kiosk is not among SHARD_PEERS"):
+        call(("127.0.0.1", promise.port), promise.token, 4096, 5, identity(tmp_path / "head", TAIL))
+    lines.stop()
+
+
 # ---- settings ----
 
 TLS = {"SHARD_TLS_CERT": __file__, "SHARD_TLS_KEY": __file__, "SHARD_TLS_CA": __file__, "SHARD_PEERS": TAIL}
@@ -219,6 +263,7 @@ TLS = {"SHARD_TLS_CERT": __file__, "SHARD_TLS_KEY": __file__, "SHARD_TLS_CA": __
         ({**TLS, "SHARD_PEERS": "edge"}, "SHARD_PEERS must list the SPIFFE ids"),
         ({**TLS, "SHARD_PEERS": ""}, "SHARD_PEERS must list the SPIFFE ids"),
         ({"SHARD_IDLE_MS": "1"}, "SHARD_IDLE_MS is"),
+        ({"SHARD_LINE": "on"}, "SHARD_LINE is"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, str], says: str) -> None:
@@ -232,4 +277,14 @@ def test_good_settings_are_read() -> None:
     assert config is not None
     assert (config.layers, config.next, config.is_head) == (range(4, 8), ("edge-1:5051", "edge-2:5051"), False)
     assert config.tls is not None
+    assert config.line is None
+    named = {"SHARD_LAYERS": "4-7", **TLS, "SHARD_LINE": "5052"}
+    for values, line in (
+        ({"SHARD_LAYERS": "4-7"}, 0),
+        ({"SHARD_LAYERS": "4-7", "SHARD_LINE": "off"}, None),
+        (named, 5052),
+    ):
+        told = ShardConfig.from_environment(values)
+        assert told is not None
+        assert told.line == line
     assert config.tls.peers == {TAIL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import socket
@@ -13,19 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from functions.edge import shard_pb2 as pb
 from functions.edge.config import is_loopback
+from functions.edge.lines import Line, LineError, call
 from functions.edge.shard_pb2_grpc import ShardStub
 from functions.edge.tls import Identity, Stamp
 from functions.edge.wire import PROTOCOL, Encoding, WireError, decode_answer, encode_piece, read_held, sent_prefix
 from models.errors import LinkLostError, ShardsLostError
 from models.runtime.links import Answer, Link, LinkSession, Opening, Piece
 
+_LOG = logging.getLogger(__name__)
 CONNECT_MS = 400
 """How long a connection may take to be made, and a handshake to be looked at."""
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 200, 250
 """A shard that says nothing for the sum of both is gone: under half a second."""
+_VERDICT_S = 0.5
+"""How long a line that broke waits for its stream to say why: as long as silence takes to be found out."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class _Channel:
 
     def __init__(self, channel: grpc.Channel, stamp: Stamp) -> None:
         self.stub, self.stamp = ShardStub(channel), stamp  # type: ignore[no-untyped-call]
+        self.has_lines = True
         self._channel, self._users, self._retired = channel, 0, False
         self._lock = threading.Lock()
 
@@ -100,7 +107,7 @@ class GrpcLink:
     ) -> None:
         self.name = address
         self._hello, self._encoding, self._identity = hello, encoding, identity
-        self._options = [*options(message_bytes), *_CALLER_OPTIONS]
+        self._message_bytes, self._options = message_bytes, [*options(message_bytes), *_CALLER_OPTIONS]
         self._channel: _Channel | None = None
         self._lock = threading.Lock()
 
@@ -108,7 +115,12 @@ class GrpcLink:
         """Begin a session, which the shard has taken when this returns; raises `LinkLostError`."""
         channel = self._entered()
         try:
-            return _Session(self, channel, opening)
+            try:
+                return _Session(self, channel, opening)
+            except _NoLineError as error:
+                _LOG.warning("sessions at %s stay on their streams: %s", self.name, error)
+                channel.has_lines = False
+                return _Session(self, channel, opening)
         except BaseException:
             channel.leave()
             raise
@@ -147,7 +159,15 @@ class GrpcLink:
         credentials = grpc.ssl_channel_credentials(m.authority, m.key, m.certificate)
         return grpc.secure_channel(self.name, credentials, [*self._options, ("grpc.ssl_target_name_override", name)])
 
-    def open_message(self, opening: Opening, remaining_s: float) -> pb.ToShard:
+    def call_line(self, opened: pb.Opened) -> Line | None:
+        """Connect to the line that the shard has for a session, if it has one; raises `OSError`."""
+        if not opened.line_port:
+            return None
+        host = self.name.rpartition(":")[0].strip("[]")
+        at = host, opened.line_port
+        return call(at, opened.line_token, self._message_bytes, CONNECT_MS / 1e3, self._identity)
+
+    def open_message(self, opening: Opening, remaining_s: float, *, line: bool) -> pb.ToShard:
         """What a session begins with."""
         remaining_ms = 0.0 if math.isinf(remaining_s) else 1e3 * remaining_s
         return pb.ToShard(
@@ -161,8 +181,10 @@ class GrpcLink:
                 ranks=self._hello.ranks,
                 head=self._hello.head,
                 place=opening.place,
+                groups=opening.groups,
                 prefix=sent_prefix(opening, self._encoding),
                 exact=opening.exact,
+                line=line,
             )
         )
 
@@ -186,8 +208,15 @@ class GrpcLink:
             raise LinkLostError(f"{self.name} sent what cannot be read: {error}") from error
 
 
+class _NoLineError(Exception):
+    """The line that a shard promised cannot be had."""
+
+
 class _Session:
-    """One stream."""
+    """One stream, and the line beside it, if the shard has one.
+
+    The stream knows the deadline, the other end's silence and its refusals: when it is over, so is the line.
+    """
 
     def __init__(self, link: GrpcLink, channel: _Channel, opening: Opening) -> None:
         remaining_s = opening.expires - time.monotonic()
@@ -195,19 +224,40 @@ class _Session:
             raise ShardsLostError("the deadline passed before the next shard was asked")
         self._link, self._channel, self._closed = link, channel, False
         self._out: queue.SimpleQueue[pb.ToShard | None] = queue.SimpleQueue()
-        self._out.put(link.open_message(opening, remaining_s))
+        self._out.put(link.open_message(opening, remaining_s, line=channel.has_lines))
         timeout_s = None if math.isinf(remaining_s) else remaining_s
         self._call: Any = channel.stub.Session(iter(self._out.get, None), timeout=timeout_s)
-        self.leaving = False
+        self.leaving, self._over = False, threading.Event()
+        self._line: Line | None = None
         try:
-            self.held_tokens = link.held_tokens(self._next(), opening)
+            message = self._next()
+            self.held_tokens = link.held_tokens(message, opening)
+            self._line = self._called(message.opened)
         except BaseException:
             self._end()
             raise
 
+    def _called(self, opened: pb.Opened) -> Line | None:
+        try:
+            line = self._link.call_line(opened)
+        except OSError as error:
+            raise _NoLineError(str(error)) from error
+        if line is not None and not self._call.add_callback(lambda: self._ended(line)):
+            self._ended(line)
+        return line
+
+    def _ended(self, line: Line) -> None:
+        self._over.set()
+        line.cut()
+
     def send(self, piece: Piece) -> None:
         """Hand on a piece; that it is lost shows when the answer is asked for."""
-        self._out.put(self._link.encode(piece))
+        message = self._link.encode(piece)
+        if self._line is None:
+            self._out.put(message)
+            return
+        with suppress(LineError):
+            self._line.write(message.SerializeToString())
 
     def receive(self) -> Answer:
         """The next answer."""
@@ -223,16 +273,38 @@ class _Session:
         self._closed = True
         self._out.put(None)
         self._call.cancel()
+        if self._line is not None:
+            self._line.close()
 
     def _next(self) -> pb.FromShard:
+        message = self._streamed() if self._line is None else self._read(self._line)
+        self.leaving = message.leaving
+        return message
+
+    def _streamed(self) -> pb.FromShard:
         try:
             message: pb.FromShard = next(self._call)
         except StopIteration:
             raise LinkLostError(f"{self._link.name} ended the session") from None
         except grpc.RpcError:
             raise self._failure() from None
-        self.leaving = message.leaving
         return message
+
+    def _read(self, line: Line) -> pb.FromShard:
+        try:
+            said = line.read()
+            message = None if said is None else pb.FromShard.FromString(said)
+        except (LineError, DecodeError) as error:
+            raise self._broken(str(error)) from None
+        if message is None:
+            raise self._broken("it ended")
+        return message
+
+    def _broken(self, fault: str) -> LinkLostError | ShardsLostError:
+        """Why the line broke: the stream says so, if it is over too."""
+        if self._over.wait(_VERDICT_S) and self._call.code() is not grpc.StatusCode.OK:
+            return self._failure()
+        return LinkLostError(f"{self._link.name}: the line beside the session broke, {fault}")
 
     def _failure(self) -> LinkLostError | ShardsLostError:
         code, said = self._call.code(), self._call.details()

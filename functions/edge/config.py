@@ -32,24 +32,28 @@ class LinkConfig:
     """What a shard and a rank have in common.
 
     `listen` is the port for who calls, on loopback only without `tls`. `kv_bytes` bounds what keys and values may take;
-    a session that is silent for `idle_s` is ended. With `spin` the engine's threads wait busily in a pass.
+    a session that is silent for `idle_s` is ended. With `spin` the engine's threads wait busily in a pass. `line` is
+    the port for lines beside sessions' streams, 0: a free one, None: there are none.
     """
 
     listen: int = 5051
     spin: bool = False
     kv_bytes: int = 512 << 20
     idle_s: float = 60.0
+    line: int | None = 0
     tls: TlsSettings | None = None
 
     @classmethod
     def read(cls, environment: Environment) -> LinkConfig:
         """Read the settings; raises `ConfigError`."""
+        tls = _tls(environment)
         return LinkConfig(
             listen=environment.integer("SHARD_LISTEN", cls.listen, 0, 65535),
             spin=bool(environment.integer("SHARD_SPIN", cls.spin, 0, 1)),
             kv_bytes=environment.integer("SHARD_KV_MB", cls.kv_bytes >> 20, 1, 1 << 20) << 20,
             idle_s=environment.number("SHARD_IDLE_MS", cls.idle_s * 1e3, 100, 3_600_000) / 1e3,
-            tls=_tls(environment),
+            line=_line(environment, tls),
+            tls=tls,
         )
 
 
@@ -87,6 +91,13 @@ class ShardConfig(LinkConfig):
             groups=environment.integer("SHARD_GROUPS", cls.groups, 0, 64),
             **vars(link),
         )
+
+
+def _line(environment: Environment, tls: TlsSettings | None) -> int | None:
+    """Between machines a port must be let through, so it must be named there."""
+    if environment.text("SHARD_LINE", "off" if tls else "0") == "off":
+        return None
+    return environment.integer("SHARD_LINE", 0, 0, 65535)
 
 
 def _layers(text: str) -> range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 from functions.edge import shard_pb2 as pb
@@ -36,7 +36,7 @@ class RankService(SessionService):
         self._layers, self._turn = layers, threading.Lock()
         self._lock, self._head, self._of_head = threading.Lock(), "", 0
 
-    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
+    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Generator[pb.FromShard]:
         """Run passes, one after the other."""
         said = self._checked(next(messages, None))
         length = 0

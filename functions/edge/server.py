@@ -6,16 +6,21 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from functions.edge import shard_pb2 as pb
 from functions.edge.client import options
 from functions.edge.config import LinkConfig, ShardConfig
+from functions.edge.lines import LineError, Lines, Promise
 from functions.edge.shard_pb2_grpc import ShardServicer, add_ShardServicer_to_server
 from functions.edge.tls import Identity
 from functions.edge.wire import (
@@ -32,7 +37,7 @@ from functions.serving.web import log_failure
 from models.artifact.manifest import Manifest
 from models.errors import ArtifactError, LinkLostError, PromptTooLongError, ShardsLostError
 from models.runtime.engine import CHUNK
-from models.runtime.links import Opening
+from models.runtime.links import Answer, Opening
 from models.runtime.pipeline import Replicas, relay
 from models.runtime.stage import Stage
 
@@ -60,10 +65,11 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 @dataclass(eq=False)
 class Heard:
-    """When a session last said something, None while it is being answered."""
+    """When a session last said something, None while it is being answered; `tell`: its line, if it has one."""
 
     context: Any
     since: float | None
+    tell: Callable[[pb.FromShard], None] | None = None
 
 
 class SessionService(ShardServicer):
@@ -82,13 +88,23 @@ class SessionService(ShardServicer):
         self._digest = model_digest(manifest)
         self._sessions: dict[int, Heard] = {}
         self._ended = threading.Event()
+        self._lines: Lines | None = None
 
     @property
     def open_sessions(self) -> int:
         """Streams at work."""
         return len(self._sessions)
 
-    def watch(self) -> None:
+    def start(self) -> None:
+        """Take lines, and watch sessions."""
+        if self._config.line is not None:
+            shape = self.manifest.architecture
+            most = message_limit(shape.width, shape.vocab_size, CHUNK)
+            self._lines = Lines(self._config.line, most, self._identity)
+            self._lines.start()
+        threading.Thread(target=self._watch, name="idle", daemon=True).start()
+
+    def _watch(self) -> None:
         """End sessions that are silent for too long, until `stop`."""
         while not self._ended.wait(_SWEEP_S):
             since = self.clock() - self._config.idle_s
@@ -97,8 +113,10 @@ class SessionService(ShardServicer):
                     heard.context.cancel()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Watch no more, and take no lines."""
         self._ended.set()
+        if self._lines is not None:
+            self._lines.stop()
 
     def Session(self, request_iterator: Iterator[pb.ToShard], context: Any) -> Iterator[pb.FromShard]:  # noqa: N802
         """One request."""
@@ -106,7 +124,10 @@ class SessionService(ShardServicer):
         self._sessions[id(heard)] = heard
         try:
             self._check_peer(context)
-            yield from self.answers(request_iterator, heard)
+            yield from self._conversation(request_iterator, heard)
+        except LineError as error:
+            if context.is_active():
+                _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"the line beside the session: {error}")
         except tuple(_STATUS) as error:
             _abort(context, next(code for kind, code in _STATUS.items() if isinstance(error, kind)), str(error))
         except grpc.RpcError:  # the other end is gone
@@ -118,8 +139,25 @@ class SessionService(ShardServicer):
         finally:
             del self._sessions[id(heard)]
 
-    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
-        """What a session is told."""
+    def _conversation(self, stream: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
+        """What goes through the stream: all, or what a session begins with, if the caller takes a line for the rest."""
+        first = next(stream, None)
+        begins = [] if first is None else [first]
+        if self._lines is None or first is None or not first.open.line:
+            yield from self.answers(chain(begins, stream), heard)
+            return
+        with self._lines.promise() as promise, closing(self.answers(chain(begins, _said(promise)), heard)) as answers:
+            opened = next(answers)
+            opened.opened.line_port, opened.opened.line_token = promise.port, promise.token
+            if not heard.context.add_callback(promise.cut):
+                return
+            yield opened
+            heard.tell = lambda message: promise.line().write(message.SerializeToString())
+            for answer in answers:
+                heard.tell(answer)
+
+    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Generator[pb.FromShard]:
+        """What a session is told: first that it is open."""
         raise NotImplementedError
 
     def opened(self, message: pb.ToShard | None, called: str) -> pb.Open:
@@ -163,19 +201,24 @@ class ShardService(SessionService):
         super().__init__(stage.manifest, config, identity, leaving, clock)
         self._stage, self._beyond, self._encoding = stage, beyond, config.states
 
-    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Iterator[pb.FromShard]:
+    def answers(self, messages: Iterator[pb.ToShard], heard: Heard) -> Generator[pb.FromShard]:
         """Relay pieces and answers."""
         opening = self._opening(next(messages, None))
-        shape, encoding = self.manifest.architecture, self._encoding
+        shape = self.manifest.architecture
+        untold: deque[pb.FromShard] = deque()
+
+        def tell(answer: Answer) -> None:
+            (heard.tell or untold.append)(encode_answer(answer, self._encoding, leaving=self.leaving()))
+
         with relay(self._stage, self._beyond, opening) as session:
             yield pb.FromShard(opened=pb.Opened(held_tokens=session.held_tokens), leaving=self.leaving())
             for message in messages:
                 heard.since = None
                 if message.WhichOneof("what") != "piece":
                     raise WireError("a session is opened once; after that come pieces")
-                answer = session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK))
-                if answer is not None:
-                    yield encode_answer(answer, encoding, leaving=self.leaving())
+                session.take(decode_piece(message.piece, shape.width, shape.vocab_size, CHUNK), tell)
+                while untold:
+                    yield untold.popleft()
                 heard.since = self.clock()
 
     def _opening(self, message: pb.ToShard | None) -> Opening:
@@ -188,7 +231,16 @@ class ShardService(SessionService):
                 f"the caller's states are for layer {said.first_layer}; this shard begins with {layers.start}"
             )
         prefix = read_prefix(said.prefix, self.manifest.architecture.context)
-        return Opening(said.variant, self.expires(said), said.place, prefix, said.exact)
+        return Opening(said.variant, self.expires(said), said.place, said.groups, prefix, said.exact)
+
+
+def _said(promise: Promise) -> Iterator[pb.ToShard]:
+    """What comes over a line; raises `LineError`, `WireError`."""
+    while (message := promise.line().read()) is not None:
+        try:
+            yield pb.ToShard.FromString(message)
+        except DecodeError:
+            raise WireError("the line brought what is no message") from None
 
 
 _ALTERNATIVE_NAMES = "x509_subject_alternative_name"
@@ -235,8 +287,8 @@ class ShardServer:
 
     def start(self) -> None:
         """Take sessions."""
+        self._service.start()
         self._server.start()
-        threading.Thread(target=self._service.watch, name="idle", daemon=True).start()
 
     def stop(self, grace_s: float) -> None:
         """Take no more sessions, and return once those at work are over, or after `grace_s`."""

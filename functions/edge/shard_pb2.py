@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66unctions/edge/shard.proto\x12\x14\x65\x64gecascade.shard.v1\"k\n\x07ToShard\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.edgecascade.shard.v1.OpenH\x00\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PieceH\x00\x42\x06\n\x04what\"\xc3\x01\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x01\x12\x0e\n\x06prefix\x18\x06 \x03(\x0c\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\r\n\x05place\x18\x08 \x01(\r\x12\x0c\n\x04rank\x18\x0c \x01(\r\x12\r\n\x05ranks\x18\r \x01(\r\x12\x0c\n\x04head\x18\x0e \x01(\t\"Z\n\x06States\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.edgecascade.shard.v1.Encoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\xac\x01\n\x05Piece\x12,\n\x06states\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.States\x12(\n\x04want\x18\x02 \x01(\x0e\x32\x1a.edgecascade.shard.v1.Want\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x12\r\n\x05start\x18\x04 \x01(\r\x12-\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Choice\"a\n\x06\x43hoice\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x0c\n\x04\x64raw\x18\x04 \x01(\x01\x12\x0f\n\x07\x61llowed\x18\x05 \x01(\x0c\"\xc4\x01\n\tFromShard\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.OpenedH\x00\x12,\n\x05picks\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PicksH\x00\x12.\n\x06states\x18\x03 \x01(\x0b\x32\x1c.edgecascade.shard.v1.StatesH\x00\x12\x10\n\x06logits\x18\x0f \x01(\x0cH\x00\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\x42\x06\n\x04what\"\x1d\n\x06Opened\x12\x13\n\x0bheld_tokens\x18\x01 \x01(\r\"4\n\x05Picks\x12+\n\x05picks\x18\x01 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Picked\"\\\n\x06Picked\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01**\n\x04Want\x12\x0b\n\x07NOTHING\x10\x00\x12\t\n\x05TOKEN\x10\x01\x12\n\n\x06STATES\x10\x02*(\n\x08\x45ncoding\x12\x08\n\x04\x46P32\x10\x00\x12\x08\n\x04\x46P16\x10\x01\x12\x08\n\x04INT8\x10\x02\x32V\n\x05Shard\x12M\n\x07Session\x12\x1d.edgecascade.shard.v1.ToShard\x1a\x1f.edgecascade.shard.v1.FromShard(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66unctions/edge/shard.proto\x12\x14\x65\x64gecascade.shard.v1\"k\n\x07ToShard\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.edgecascade.shard.v1.OpenH\x00\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PieceH\x00\x42\x06\n\x04what\"\xe1\x01\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\x01\x12\x0e\n\x06prefix\x18\x06 \x03(\x0c\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\r\n\x05place\x18\x08 \x01(\r\x12\x0c\n\x04rank\x18\x0c \x01(\r\x12\r\n\x05ranks\x18\r \x01(\r\x12\x0c\n\x04head\x18\x0e \x01(\t\x12\x0e\n\x06groups\x18\x10 \x01(\r\x12\x0c\n\x04line\x18\x0f \x01(\x08\"Z\n\x06States\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.edgecascade.shard.v1.Encoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\xac\x01\n\x05Piece\x12,\n\x06states\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.States\x12(\n\x04want\x18\x02 \x01(\x0e\x32\x1a.edgecascade.shard.v1.Want\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x12\r\n\x05start\x18\x04 \x01(\r\x12-\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Choice\"a\n\x06\x43hoice\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x14\n\x0ctop_logprobs\x18\x03 \x01(\r\x12\x0c\n\x04\x64raw\x18\x04 \x01(\x01\x12\x0f\n\x07\x61llowed\x18\x05 \x01(\x0c\"\xc4\x01\n\tFromShard\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x1c.edgecascade.shard.v1.OpenedH\x00\x12,\n\x05picks\x18\x02 \x01(\x0b\x32\x1b.edgecascade.shard.v1.PicksH\x00\x12.\n\x06states\x18\x03 \x01(\x0b\x32\x1c.edgecascade.shard.v1.StatesH\x00\x12\x10\n\x06logits\x18\x0f \x01(\x0cH\x00\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\x42\x06\n\x04what\"D\n\x06Opened\x12\x13\n\x0bheld_tokens\x18\x01 \x01(\r\x12\x11\n\tline_port\x18\x02 \x01(\r\x12\x12\n\nline_token\x18\x03 \x01(\x0c\"4\n\x05Picks\x12+\n\x05picks\x18\x01 \x03(\x0b\x32\x1c.edgecascade.shard.v1.Picked\"\\\n\x06Picked\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0e\n\x06margin\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01**\n\x04Want\x12\x0b\n\x07NOTHING\x10\x00\x12\t\n\x05TOKEN\x10\x01\x12\n\n\x06STATES\x10\x02*(\n\x08\x45ncoding\x12\x08\n\x04\x46P32\x10\x00\x12\x08\n\x04\x46P16\x10\x01\x12\x08\n\x04INT8\x10\x02\x32V\n\x05Shard\x12M\n\x07Session\x12\x1d.edgecascade.shard.v1.ToShard\x1a\x1f.edgecascade.shard.v1.FromShard(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'functions.edge.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WANT']._serialized_start=1103
-  _globals['_WANT']._serialized_end=1145
-  _globals['_ENCODING']._serialized_start=1147
-  _globals['_ENCODING']._serialized_end=1187
+  _globals['_WANT']._serialized_start=1172
+  _globals['_WANT']._serialized_end=1214
+  _globals['_ENCODING']._serialized_start=1216
+  _globals['_ENCODING']._serialized_end=1256
   _globals['_TOSHARD']._serialized_start=52
   _globals['_TOSHARD']._serialized_end=159
   _globals['_OPEN']._serialized_start=162
-  _globals['_OPEN']._serialized_end=357
-  _globals['_STATES']._serialized_start=359
-  _globals['_STATES']._serialized_end=449
-  _globals['_PIECE']._serialized_start=452
-  _globals['_PIECE']._serialized_end=624
-  _globals['_CHOICE']._serialized_start=626
-  _globals['_CHOICE']._serialized_end=723
-  _globals['_FROMSHARD']._serialized_start=726
-  _globals['_FROMSHARD']._serialized_end=922
-  _globals['_OPENED']._serialized_start=924
-  _globals['_OPENED']._serialized_end=953
-  _globals['_PICKS']._serialized_start=955
-  _globals['_PICKS']._serialized_end=1007
-  _globals['_PICKED']._serialized_start=1009
-  _globals['_PICKED']._serialized_end=1101
-  _globals['_SHARD']._serialized_start=1189
-  _globals['_SHARD']._serialized_end=1275
+  _globals['_OPEN']._serialized_end=387
+  _globals['_STATES']._serialized_start=389
+  _globals['_STATES']._serialized_end=479
+  _globals['_PIECE']._serialized_start=482
+  _globals['_PIECE']._serialized_end=654
+  _globals['_CHOICE']._serialized_start=656
+  _globals['_CHOICE']._serialized_end=753
+  _globals['_FROMSHARD']._serialized_start=756
+  _globals['_FROMSHARD']._serialized_end=952
+  _globals['_OPENED']._serialized_start=954
+  _globals['_OPENED']._serialized_end=1022
+  _globals['_PICKS']._serialized_start=1024
+  _globals['_PICKS']._serialized_end=1076
+  _globals['_PICKED']._serialized_start=1078
+  _globals['_PICKED']._serialized_end=1170
+  _globals['_SHARD']._serialized_start=1258
+  _globals['_SHARD']._serialized_end=1344
 # @@protoc_insertion_point(module_scope)

@@ -34,7 +34,7 @@ class ToShard(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "prefix", "exact", "place", "rank", "ranks", "head")
+    __slots__ = ("protocol", "model_digest", "first_layer", "variant", "remaining_ms", "prefix", "exact", "place", "rank", "ranks", "head", "groups", "line")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class Open(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    LINE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model_digest: str
     first_layer: int
@@ -57,7 +59,9 @@ class Open(_message.Message):
     rank: int
     ranks: int
     head: str
-    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., prefix: _Optional[_Iterable[bytes]] = ..., exact: _Optional[bool] = ..., place: _Optional[int] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
+    groups: int
+    line: bool
+    def __init__(self, protocol: _Optional[int] = ..., model_digest: _Optional[str] = ..., first_layer: _Optional[int] = ..., variant: _Optional[str] = ..., remaining_ms: _Optional[float] = ..., prefix: _Optional[_Iterable[bytes]] = ..., exact: _Optional[bool] = ..., place: _Optional[int] = ..., rank: _Optional[int] = ..., ranks: _Optional[int] = ..., head: _Optional[str] = ..., groups: _Optional[int] = ..., line: _Optional[bool] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("tokens", "encoding", "values")
@@ -112,10 +116,14 @@ class FromShard(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., picks: _Optional[_Union[Picks, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., logits: _Optional[bytes] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("held_tokens",)
+    __slots__ = ("held_tokens", "line_port", "line_token")
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LINE_PORT_FIELD_NUMBER: _ClassVar[int]
+    LINE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     held_tokens: int
-    def __init__(self, held_tokens: _Optional[int] = ...) -> None: ...
+    line_port: int
+    line_token: bytes
+    def __init__(self, held_tokens: _Optional[int] = ..., line_port: _Optional[int] = ..., line_token: _Optional[bytes] = ...) -> None: ...
 
 class Picks(_message.Message):
     __slots__ = ("picks",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -67,27 +67,43 @@ class Identity:
 
     def server_name(self, host: str, port: int, timeout_s: float) -> str:
         """Shake hands with a server and return its DNS name; raises `LinkLostError` if it is nobody we trust."""
-        s = self._settings
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(s.authority))
-        context.check_hostname = False  # its SPIFFE id is checked instead
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["h2"])
         try:
-            self._present(context)
             with (
                 socket.create_connection((host, port), timeout_s) as raw,
-                context.wrap_socket(raw, server_hostname=host) as secured,
+                self._context(ssl.Purpose.SERVER_AUTH, ["h2"]).wrap_socket(raw, server_hostname=host) as secured,
             ):
-                names = (secured.getpeercert() or {}).get("subjectAltName", ())
+                found, dns = _names(secured, "URI"), _names(secured, "DNS")
         except OSError as error:  # ssl.SSLError is one
             raise LinkLostError(f"{host}:{port} cannot be trusted or reached: {error}") from error
-        found = [str(value) for kind, value in names if kind == "URI"]  # type: ignore[str-unpack]
-        dns = [str(value) for kind, value in names if kind == "DNS"]  # type: ignore[str-unpack]
         if not self.trusts(found):
             raise LinkLostError(f"{host}:{port} is {', '.join(found) or 'nobody'}, which SHARD_PEERS does not name")
         if not dns:
             raise LinkLostError(f"the certificate of {host}:{port} has no DNS name beside its SPIFFE id")
         return dns[0]
+
+    def secured(self, raw: socket.socket, host: str | None = None) -> ssl.SSLSocket:
+        """Shake hands over a socket, as the one who listens or, where a `host` was called, as the caller.
+
+        Raises `OSError`, also for those we do not trust.
+        """
+        purpose = ssl.Purpose.SERVER_AUTH if host else ssl.Purpose.CLIENT_AUTH
+        made = self._context(purpose).wrap_socket(raw, server_side=host is None, server_hostname=host)
+        found = _names(made, "URI")
+        if not self.trusts(found):
+            made.close()
+            raise ConnectionRefusedError(f"{', '.join(found) or 'nobody'} is not among SHARD_PEERS")
+        return made
+
+    def _context(self, purpose: ssl.Purpose, protocols: Sequence[str] = ()) -> ssl.SSLContext:
+        """For one handshake: both ends show a certificate. Raises `OSError`."""
+        context = ssl.create_default_context(purpose, cafile=str(self._settings.authority))
+        context.check_hostname = False  # its SPIFFE id is checked instead
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if protocols:
+            context.set_alpn_protocols(protocols)
+        self._present(context)
+        return context
 
     def _present(self, context: ssl.SSLContext) -> None:
         """Load the certificate from its files, which may be just being replaced, one after the other."""
@@ -108,6 +124,12 @@ class Identity:
     def _read(self) -> Material:
         s = self._settings
         return Material(s.certificate.read_bytes(), s.key.read_bytes(), s.authority.read_bytes())
+
+
+def _names(secured: ssl.SSLSocket, kind: str) -> list[str]:
+    """The alternative names of one kind in the other end's certificate."""
+    names = (secured.getpeercert() or {}).get("subjectAltName", ())
+    return [str(value) for found, value in names if found == kind]  # type: ignore[str-unpack]
 
 
 def _fits(material: Material) -> bool:

@@ -28,6 +28,7 @@ class _Session:
 
     def __init__(self, stage: Stage, beyond: Replicas | None, opening: Opening) -> None:
         self._stack = ExitStack()
+        self._pieces: deque[Piece] = deque()
         self._answers: deque[Answer] = deque()
         try:
             self._relay = self._stack.enter_context(relay(stage, beyond, opening))
@@ -36,14 +37,14 @@ class _Session:
             raise LinkLostError(str(error)) from error
 
     def send(self, piece: Piece) -> None:
-        try:
-            answer = self._relay.take(piece)
-        except PromptTooLongError as error:
-            raise LinkLostError(str(error)) from error
-        if answer is not None:
-            self._answers.append(answer)
+        self._pieces.append(piece)  # who sends waits for nobody; who asks for the answer does
 
     def receive(self) -> Answer:
+        try:
+            while self._pieces:
+                self._relay.take(self._pieces.popleft(), self._answers.append)
+        except PromptTooLongError as error:
+            raise LinkLostError(str(error)) from error
         return self._answers.popleft()
 
     def close(self) -> None:

@@ -81,7 +81,8 @@ Answer = Picks | Floats
 class Opening:
     """What a session is for: the graph variant it runs, and when, on this process's clock, it is of no use any more.
 
-    Sessions with neighbouring `place`s at the head share passes.
+    Sessions with neighbouring `place`s at the head share passes, in so many `groups` as the head says; 0: as the shard
+    thinks best.
     `prefix` are the keys of the blocks that the prompt begins with, which shards may hold from others. An `exact` one
     reads every token by the same weights, however many there are in a piece.
     """
@@ -89,6 +90,7 @@ class Opening:
     variant: str
     expires: float
     place: int = 0
+    groups: int = 0
     prefix: tuple[bytes, ...] = ()
     exact: bool = False
 
@@ -105,7 +107,7 @@ class LinkSession(Protocol):
         """Whether the shard at the other end is about to stop: sessions had better move."""
 
     def send(self, piece: Piece) -> None:
-        """Hand on a piece; raises `LinkLostError`, now or when the answer is asked for."""
+        """Hand on a piece, and wait for nobody; that the link is lost shows when the answer is asked for."""
 
     def receive(self) -> Answer:
         """The answer to the oldest piece that wants one; raises `LinkLostError` or `ShardsLostError`."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -256,24 +257,28 @@ class Relay:
         self._here, self._beyond, self._steps = here, beyond, steps
         self.held_tokens, self._answered = here.length, False
 
-    def take(self, piece: Piece) -> Answer | None:
-        """Read a piece; returns the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
+    def take(self, piece: Piece, tell: Callable[[Answer], None]) -> None:
+        """Read a piece, and tell the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
         began = time.perf_counter()
-        answer = self._taken(piece)
+        self._here.rewind(piece.start)
+        if self._beyond is None:
+            self._here.read(piece.states, piece.want, len(piece.choices), partial(_answer, piece, tell))
+        else:
+            self._here.read(piece.states, piece.want, len(piece.choices), partial(_hand_on, piece, self._beyond))
+            if piece.answered:
+                tell(self._beyond.receive())
         if self._answered and is_step(piece):
             self._steps.add(time.perf_counter() - began)
         self._answered = self._answered or piece.answered
-        return answer
 
-    def _taken(self, piece: Piece) -> Answer | None:
-        self._here.rewind(piece.start)
-        states = self._here.read(piece.states, piece.want, len(piece.choices))
-        if self._beyond is not None:
-            self._beyond.send(replace(piece, states=states))
-            return self._beyond.receive() if piece.answered else None
-        if not piece.answered:
-            return None
-        return picked(states, piece.choices) if piece.want is Want.TOKEN else states
+
+def _hand_on(piece: Piece, beyond: LinkSession, states: Floats) -> None:
+    beyond.send(replace(piece, states=states))
+
+
+def _answer(piece: Piece, tell: Callable[[Answer], None], found: Floats) -> None:
+    if piece.answered:
+        tell(picked(found, piece.choices) if piece.want is Want.TOKEN else found)
 
 
 def picked(logits: Floats, choices: Sequence[Choice]) -> Picks:
@@ -362,7 +367,7 @@ class PipelineDecoder:
 def relay_head(lane: Lane, beyond: Replicas, opening: Opening) -> Iterator[tuple[StageSession, ReplayedSession]]:
     """Open a session at the head and beyond."""
     with lane.session(opening) as here:
-        further = beyond.open(replace(opening, place=here.slot))
+        further = beyond.open(replace(opening, place=here.slot, groups=lane.groups))
         try:
             yield here, further
         finally:
@@ -483,8 +488,8 @@ class PipelineSequence:
         if self._decoder.exact and self._ids and len(ids) % TILE == 1:
             ids = [self._ids[-1], *ids]  # once more: it leaves the same keys and values
             self.rewind(self.length - 1)
-        states = self._here.read(self._decoder.embeddings.rows(ids), want)
-        self._further.send(Piece(states, self.length, want, tuple(choices)))
+        piece = Piece(self._decoder.embeddings.rows(ids), self.length, want, tuple(choices))
+        self._here.read(piece.states, want, then=partial(_hand_on, piece, self._further))
         self._ids += ids
 
 

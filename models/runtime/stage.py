@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +32,13 @@ from models.runtime.turns import Turns, TurnStats
 if TYPE_CHECKING:
     from models.artifact.keys import KeyWrapper
 
-_PATIENCE = 2.0
-"""How long a pass waits for company, in passes: the others may be at the next shard, and come back after one or two."""
+Then = Callable[[Floats], None]
+_PATIENCE, _PATIENCE_BELOW = 2.0, 0.25
+"""How long a pass of the head, and of another shard, waits for company, in passes.
+
+At the head the others may be at the next shard, and come back after one or two. From there they come together; were a
+shard to wait for who is still at the head while the head waits for who is here, neither would ever meet the other.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Lane:
 
     def __init__(self, shape: LlamaShape, layers: Layers, options: EngineOptions, turns: Turns) -> None:
         self.shape, self.layers, self.turns = shape, layers, turns
-        self._groups = options.groups or max(2, math.ceil(shape.n_layers / len(layers.range)))
+        self.groups = options.groups or max(2, math.ceil(shape.n_layers / len(layers.range)))
         self.prefixes = _prefix_cache(shape, layers.range, options.prefix_cache_bytes)
         self._sessions = [StageSession(self, slot) for slot in range(options.sequences)]
         self._free = list(range(options.sequences))
@@ -95,11 +100,6 @@ class Lane:
                 self._free.append(slot)
             self._places.release()
 
-    @property
-    def company(self) -> int:
-        """How many sessions share a pass: by default so many that each shard of the model has a part to work on."""
-        return max(1, math.ceil(self.open_sessions / self._groups))
-
     def step(self, members: Sequence[StageSession]) -> None:
         """Read each member's next state, in one pass over the slots from the first to the last of them.
 
@@ -128,11 +128,14 @@ class StageSession:
         self._lane, self.slot = lane, slot
         self.next_states: Floats = np.zeros((1, 0), np.float32)
         self._result = self.next_states
+        self._then: Then | None = None
+        self._error: Exception | None = None
         self.reset(Opening("", 0.0))
 
     def reset(self, opening: Opening) -> None:
         """Begin anew; what the memory holds is never read again."""
         self.deadline, self._exact, self.length = opening.expires, opening.exact, 0
+        self._groups = opening.groups or self._lane.groups
         self._prefix: Sequence[bytes] = ()
         self._made = np.zeros((0, 0), np.float32)  # states (n, C) that the layers made of the prefix
 
@@ -165,24 +168,37 @@ class StageSession:
         self.length = length
 
     @property
+    def company(self) -> int:
+        """How many sessions share a pass: so many that there are the groups that the head asked for."""
+        return max(1, math.ceil(self._lane.open_sessions / self._groups))
+
+    @property
     def room(self) -> int:
         """Tokens that still fit."""
         return self._lane.layers.context - self.length
 
-    def read(self, states: Floats, want: Want, rows: int = 1) -> Floats:
+    def read(self, states: Floats, want: Want, rows: int = 1, then: Then | None = None) -> Floats:
         """Read states (T, C) and return what the layers make of them.
 
         Of the last layers that is logits (R, V) after the last `rows` if a token is wanted, normalised states (T, C)
         otherwise; of others, states (T, C). Raises `PromptTooLongError` if they do not fit.
+
+        `then` is called with the result. Whoever makes a pass that several share does so for all of them, before they
+        are woken: as many threads, all wanting the interpreter at once, would take several times as long. It should
+        wait for nobody; what it raises is raised here.
         """
         if not 0 < len(states) <= self.room:
             raise PromptTooLongError(f"{len(states)} tokens do not fit: there is room for {self.room}", "messages")
         lane = self._lane
         if len(states) == 1 and self.length and want is Want.TOKEN and lane.layers.batches:
-            self.next_states = states
-            lane.turns.take(self, self.deadline, lane.step, shared=True, most=lane.company, place=self.slot)
+            self.next_states, self._then, self._error = states, then, None
+            lane.turns.take(self, self.deadline, lane.step, shared=True, most=self.company, place=self.slot)
+            if self._error is not None:
+                raise self._error
             return self._result
         lane.turns.take(self, self.deadline, lambda _: self._read(states, want, rows))
+        if then is not None:
+            then(self._result)
         return self._result
 
     def descent(self, pieces: Sequence[Floats]) -> LayerDescent:
@@ -222,9 +238,14 @@ class StageSession:
             )
 
     def stepped(self, result: Floats) -> None:
-        """Take note that the next state was read."""
+        """Take note that the next state was read, and do what is to be done then."""
         self.length += 1
         self._result = result
+        try:
+            if self._then is not None:
+                self._then(result)
+        except Exception as error:  # noqa: BLE001  # it is raised where the turn was taken: others share the pass
+            self._error = error
 
 
 class Stage:
@@ -254,7 +275,7 @@ class Stage:
         m = artifact.manifest
         if m.graph == EXPORTED:
             raise ArtifactError(f"{artifact.path} has an exported graph, which cannot be cut; build it '--via own'")
-        turns = Turns(_PATIENCE)
+        turns = Turns(_PATIENCE_BELOW if artifact.layers.start else _PATIENCE)
         lanes = {}
         for variant, parts in parts_of(artifact, options, exits):
             writes = m.lm_head and variant == PLAIN
