@@ -118,7 +118,7 @@ def test_trials_on_a_running_bundle_give_a_site():
 @pytest.fixture(scope="module")
 def compared():
     with stage_for(start_here, Site(network_ms=2.0), ARMS) as (stage, clients):
-        return compare(stage, clients, ways(ARMS, 500.0, [1.0, 5000.0]), QUERIES)
+        return compare(stage, clients, ways(ARMS, 500.0, [0.05, 5000.0]), QUERIES)
 
 
 def test_rows_of_every_way_of_chance_and_of_the_oracle(compared):
@@ -147,7 +147,7 @@ def test_the_oracle_in_time_is_right_only_where_somebody_was_in_time(compared):
 
 
 def test_under_a_deadline_nobody_can_keep_answers_are_flagged_or_refused(compared):
-    hopeless = rows(compared)["sequential@1"]
+    hopeless = rows(compared)["sequential@0.05"]
     assert hopeless.degraded == 1.0
     assert hopeless.row.accuracy == 0.0
 
@@ -159,7 +159,7 @@ def test_bytes_on_the_link_are_at_least_what_replies_report(compared):
 def test_the_frontier_has_a_point_for_each_deadline_and_a_picture(compared, tmp_path):
     figures = rows(compared)
     points = frontier(compared, figures)
-    assert {(p.arm, p.deadline_ms) for p in points} >= {("sequential", 1.0), ("sequential", 5000.0)}
+    assert {(p.arm, p.deadline_ms) for p in points} >= {("sequential", 0.05), ("sequential", 5000.0)}
     plot.frontier(points, TITLES, 0.9, tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert tables.cascade_table(figures, TITLES, "t").row_count == len(figures)
@@ -169,7 +169,7 @@ def test_the_verdict_names_rows_in_time_and_as_good(compared):
     figures = rows(compared)
     named = verdict(figures, p99_ms=1e6, points=0.5)["rows"]
     assert "sequential@5000" in named
-    assert not any(name.endswith("@1") for name in named), "nobody answers in a millisecond"
+    assert not any(name.endswith("@0.05") for name in named), "nobody answers in 50 µs"
     assert verdict(figures, p99_ms=0.0, points=100)["passed"] is False
 
 
