@@ -1,4 +1,4 @@
-"""Shards as they are really run: gunicorn, signals, a socket between them. No answer changes, and none is lost."""
+"""Shards and ranks as they are really run: gunicorn, signals, sockets between them. No answer changes, none is lost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,22 @@ APP = "functions.edge.app:create_app()"
 BODY = {"messages": user("the"), "max_tokens": 48, "temperature": 1.5, "seed": 3, "skill": "chat"}
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tier")
-    build(GgufSource(write_gguf(folder / "tiny.gguf")), folder / "tier", "int4", None, quiet)
-    return folder / "tier"
+@dataclass(frozen=True)
+class Parts:
+    """What the two parts of a tier are told: which they are, and the first in `peers` where replicas of the other are.
+
+    `joint` stands between their addresses.
+    """
+
+    quant: str
+    first: Mapping[str, str]
+    second: Mapping[str, str]
+    peers: str
+    joint: str
+
+
+SHARDS = Parts("int4", {"SHARD_LAYERS": "0-0"}, {"SHARD_LAYERS": f"1-{SHAPE.n_layers - 1}"}, "SHARD_NEXT", ",")
+RANKS = Parts("fp32", {"TENSOR_RANK": "0/2"}, {"TENSOR_RANK": "1/2"}, "TENSOR_PEERS", "|")
 
 
 @dataclass(frozen=True)
@@ -49,21 +60,38 @@ def sessions(tail: Server) -> float:
     return float(found[1])
 
 
-@pytest.fixture
-def chain(path: Path) -> Iterator[Chain]:
-    """Each pass lasts as long as on a much slower machine, so that there is time to be killed in."""
+@pytest.fixture(scope="module", params=[SHARDS, RANKS], ids=["shards", "ranks"])
+def parts(request: pytest.FixtureRequest) -> Parts:
+    found: Parts = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, parts: Parts) -> Path:
+    folder = tmp_path_factory.mktemp("tier")
+    build(GgufSource(write_gguf(folder / "tiny.gguf")), folder / "tier", parts.quant, None, quiet)
+    return folder / "tier"
+
+
+@contextmanager
+def running(path: Path, parts: Parts, replicas: int) -> Iterator[tuple[Server, list[Server]]]:
+    """The first part, and replicas of the second; each pass lasts as long as on a much slower machine."""
     common = {"MODEL_PATH": str(path), "THREADS": "1", "SLOWDOWN": "20"}
-    ports = [free_port(), free_port()]
-    after = ",".join(f"127.0.0.1:{port}" for port in ports)
+    ports = [str(free_port()) for _ in range(replicas)]
+    peers = {parts.peers: parts.joint.join(f"127.0.0.1:{port}" for port in ports)}
     with ExitStack() as stack:
-        tails = [
-            stack.enter_context(gunicorn(APP, **common, SHARD_LAYERS=f"1-{SHAPE.n_layers - 1}", SHARD_LISTEN=str(port)))
-            for port in ports
-        ]
-        head = stack.enter_context(gunicorn(APP, **common, SHARD_LAYERS="0-0", SHARD_NEXT=after))
+        tails = [stack.enter_context(gunicorn(APP, **common, **parts.second, SHARD_LISTEN=port)) for port in ports]
+        head = stack.enter_context(gunicorn(APP, **common, **parts.first, **peers))
         for server in (*tails, head):
             server.wait_ready()
-        yield Chain(head, (tails[0], tails[1]))
+        yield head, tails
+
+
+@pytest.fixture
+def chain(path: Path, parts: Parts) -> Iterator[Chain]:
+    """Two replicas of the second part."""
+    with running(path, parts, 2) as (head, (one, other)):
+        yield Chain(head, (one, other))
 
 
 def streamed(head: Server, then: Any = None) -> str:
@@ -86,7 +114,7 @@ def streamed(head: Server, then: Any = None) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-def test_a_signal_to_the_shard_at_work_changes_no_answer(chain: Chain, number: int) -> None:
+def test_a_signal_to_the_part_at_work_changes_no_answer(chain: Chain, number: int) -> None:
     wanted = streamed(chain.head)
     assert len(wanted) > 8
     struck: list[Server] = []
@@ -103,11 +131,11 @@ def test_a_signal_to_the_shard_at_work_changes_no_answer(chain: Chain, number: i
 
 
 @pytest.mark.slow
-def test_with_nobody_left_it_says_503_and_is_ready_again_with_the_next(path: Path) -> None:
+def test_with_nobody_left_it_says_503_and_is_ready_again_with_the_next(path: Path, parts: Parts) -> None:
     common = {"MODEL_PATH": str(path), "THREADS": "1"}
     port = str(free_port())
-    tail = {**common, "SHARD_LAYERS": f"1-{SHAPE.n_layers - 1}", "SHARD_LISTEN": port}
-    with gunicorn(APP, **common, SHARD_LAYERS="0-0", SHARD_NEXT=f"127.0.0.1:{port}") as head:
+    tail = {**common, **parts.second, "SHARD_LISTEN": port}
+    with gunicorn(APP, **common, **parts.first, **{parts.peers: f"127.0.0.1:{port}"}) as head:
         with gunicorn(APP, **tail) as first:
             first.wait_ready()
             head.wait_ready()
@@ -120,3 +148,16 @@ def test_with_nobody_left_it_says_503_and_is_ready_again_with_the_next(path: Pat
             second.wait_ready()
             wait_until(lambda: head.client.get("/_/ready").status_code == 200)
             assert head.client.post(CHAT, json=BODY).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_part_that_falls_silent_ends_the_request(path: Path, parts: Parts) -> None:
+    """No power, no network: nothing says that it is gone. With nobody in its place, the request ends with the code."""
+    with running(path, parts, 1) as (head, (other,)):
+        with head.client.stream("POST", CHAT, json={**BODY, "stream": True}) as reply:
+            lines = reply.iter_lines()
+            next(line for line in lines if "content" in line)
+            os.killpg(other.process.pid, signal.SIGSTOP)
+            ended = next(line for line in lines if "error" in line)
+        os.killpg(other.process.pid, signal.SIGCONT)
+    assert "shards_lost" in ended
