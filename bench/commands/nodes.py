@@ -99,7 +99,7 @@ def leaks(
     leave_each: Annotated[int, typer.Option(min=1, help="Each so-manieth caller leaves in mid-answer.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Ask shards many times, with callers who leave: sessions, file descriptors and threads must be as before.
+    """Ask shards many times, with callers who leave: sessions and file descriptors must be as before.
 
     Examples: edgecascade bench leaks --json
               edgecascade bench leaks --requests 500 --shards 3
