@@ -20,7 +20,8 @@ from typing import Any
 from bench.bundle import Start
 from bench.client import Client
 from bench.errors import ServiceError
-from bench.sharded import HEAD, Troupe, balanced_cut, ports_for, processes, shards
+from bench.processes import of_groups
+from bench.sharded import HEAD, Troupe, balanced_cut, ports_for, shards
 
 QUESTION = "Name three things that I can cook with rice."
 _SETTLE_S, _POLL_S = 20.0, 0.5
@@ -42,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Held:
-    """What all processes of the shards hold together."""
+    """What all processes of the shards hold together; sessions, those of shards behind the head."""
 
     files: int
     threads: int
@@ -125,11 +126,11 @@ def _settled(troupe: Troupe, before: Held) -> Held:
 
 
 def _held(troupe: Troupe) -> Held:
-    found = list(processes(troupe.groups))
+    found = list(of_groups(troupe.groups))
     return Held(
         sum(_entries(process / "fd") for process in found),
         sum(_entries(process / "task") for process in found),
-        round(troupe.sessions()),
+        troupe.sessions(),
         sum(_resident_bytes(process) for process in found),
     )
 

@@ -5,11 +5,10 @@ All ways stand on this machine and share its cores; they are asked in turns, so 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from bench.bundle import Start
 from bench.client import Client, Reply
 from bench.errors import BenchError
 from bench.faults import FaultProxy, Faults
+from bench.processes import cpu_s
 from bench.sharded import HEAD, WHOLE, Troupe, balanced_cut, ports_for, shards, whole_running
 from bench.states import Loss, losses
 from bench.transport import round_trip_ms
@@ -268,21 +268,6 @@ def _together(url: str, plan: Plan, groups: Sequence[int]) -> tuple[float, float
     with ThreadPoolExecutor(plan.callers) as pool:
         said = sum(pool.map(pieces, range(plan.callers)))
     return said / (time.perf_counter() - began), 1e3 * (cpu_s(groups) - used_s) / said
-
-
-def cpu_s(groups: Sequence[int]) -> float:
-    """Processor time that the living processes of some groups have used so far."""
-    ticks = 0
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = status.read_text("ascii", "replace").rpartition(")")[2].split()
-            if int(fields[_GROUP]) in groups:
-                ticks += int(fields[_USER]) + int(fields[_SYSTEM])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-_GROUP, _USER, _SYSTEM = 2, 11, 12
-"""Where /proc/PID/stat has them, counted behind the name (proc(5))."""
 
 
 def _stream(client: Client, plan: Plan) -> Iterator[str | Reply]:

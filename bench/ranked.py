@@ -5,7 +5,6 @@ All ways stand on this machine and share its cores; they are asked in turns, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from bench.bundle import Running, Start, Variant
 from bench.client import Client, Reply
 from bench.errors import BenchError
 from bench.faults import FaultProxy, Faults
+from bench.processes import cpu_s
 from bench.sharded import free_port
 
 QUESTIONS = (
@@ -117,23 +117,6 @@ class _Way:
     url: str
     groups: Sequence[int]
 
-    def cpu_s(self) -> float:
-        """CPU time of its processes so far."""
-        return sum(cpu_seconds(group) for group in self.groups)
-
-
-def cpu_seconds(group: int, proc: Path = Path("/proc")) -> float:
-    """CPU time that the processes of a group have taken, children that ended left out (`man 5 proc_pid_stat`)."""
-    ticks = 0
-    for stat in proc.glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text("ascii", "replace").rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        if int(fields[2]) == group:
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
 
 @contextmanager
 def _way(start: Start, found: Mapping[str, Variant]) -> Iterator[_Way]:
@@ -160,10 +143,10 @@ def _rows(start: Start, plan: Plan, report: Report, total: int) -> list[Row]:
             _answer(way.url, plan, QUESTIONS[0])  # the first is slower
         for number in range(plan.rounds):
             for count, way in ways.items():
-                began = way.cpu_s()
+                began = cpu_s(way.groups)
                 token_ms, tokens, text = _answer(way.url, plan, QUESTIONS[number % len(QUESTIONS)])
                 times[count].append(token_ms)
-                cpus[count].append(1e3 * (way.cpu_s() - began) / tokens)
+                cpus[count].append(1e3 * (cpu_s(way.groups) - began) / tokens)
                 texts[count].append(text)
                 report(number * len(ways) + len(times[count]), total, f"{count} ranks")
     return [

@@ -165,9 +165,15 @@ class Troupe:
         """How many sessions lost a shard, as far as those count that live."""
         return sum(self._counts(shard, "edgecascade_links_lost_total") for shard in self.shards)
 
-    def sessions(self) -> float:
-        """How many sessions all shards hold."""
-        return sum(self._counts(shard, "edgecascade_shard_sessions") for shard in self.shards)
+    def sessions(self) -> int:
+        """How many sessions the shards behind the heads hold; raises `BenchError` if one does not say."""
+        return sum(self._sessions(shard) for shard in self.shards if shard.part != HEAD)
+
+    def _sessions(self, shard: Shard) -> int:
+        found = self._series(shard, "edgecascade_shard_sessions")
+        if found is None:
+            raise BenchError(f"{shard.name} does not say how many sessions it holds")
+        return int(found)
 
     def wait_ready(self, shard: Shard) -> None:
         """Return when it takes requests; raises `BenchError` if it does not for long."""
@@ -181,12 +187,15 @@ class Troupe:
 
     def _counts(self, shard: Shard, series: str) -> float:
         """A series of a shard's metrics, 0 if it does not say."""
+        return self._series(shard, series) or 0.0
+
+    def _series(self, shard: Shard, series: str) -> float | None:
         try:
             page = httpx.get(f"{self.url(shard)}/metrics", timeout=_ASK_S, trust_env=False).text
         except httpx.HTTPError:
-            return 0.0
+            return None
         found = re.search(rf"^{series}\{{.*\}} (\S+)$", page, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        return float(found[1]) if found else None
 
     def _stop(self, name: str) -> None:
         stack = self._stacks.pop(name, None)
@@ -196,19 +205,6 @@ class Troupe:
     def _end(self) -> None:
         for name in list(self._stacks):
             self._stop(name)
-
-
-def processes(groups: Sequence[int]) -> Iterator[Path]:
-    """The folders in /proc of the living processes of some groups (proc(5))."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            fields = (folder / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
-            if int(fields[_GROUP]) in groups:
-                yield folder
-
-
-_GROUP = 2
-"""Where a process's stat has its group, counted behind the name."""
 
 
 @contextmanager

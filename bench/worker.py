@@ -6,7 +6,6 @@ stopped by signal, so that no thread of it spins while another one computes.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from bench.errors import ContenderError
 from bench.memory import peak_bytes
 from bench.peers import Entrant, Floats, Model, Reader, peer
+from bench.processes import die_with_parent
 
 Answer = dict[str, Any]
 WARM_UP = 32
@@ -36,7 +36,6 @@ PIECE = 32
 """Ids read at once where the loss of the many-token path is measured."""
 MOST_WORDS = 200
 """Characters of a library's complaint that are passed on."""
-PR_SET_PDEATHSIG = 1
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -276,7 +275,7 @@ def _model(values: Mapping[str, Any]) -> Model:
 
 def main(words: str) -> None:
     """Prepare, or answer questions until there are no more; dies with the process that asks."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would not see its pipe close
+    die_with_parent()  # a stopped process would not see its pipe close
     hello = json.loads(words)
     entrant = _entrant(hello["entrant"])
     if "model" in hello:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bench.leaks import Figures, Held
-from bench.sharded import processes
+from bench.processes import of_groups
 
 BEFORE = Held(files=70, threads=30, sessions=0, resident_bytes=9_000_000)
 
@@ -37,7 +37,7 @@ def test_the_processes_of_a_group_are_found_while_they_live() -> None:
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert [folder.name for folder in processes([child.pid])] == [str(child.pid)]
+        assert [folder.name for folder in of_groups([child.pid])] == [str(child.pid)]
         child.kill()
-    assert not list(processes([child.pid]))
-    assert str(os.getpid()) in {folder.name for folder in processes([os.getpgrp()])}
+    assert not list(of_groups([child.pid]))
+    assert str(os.getpid()) in {folder.name for folder in of_groups([os.getpgrp()])}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.ranked import Plan, cpu_seconds, measure, variants
+from bench.processes import cpu_s
+from bench.ranked import Plan, measure, variants
 
 
 def test_rank_0_comes_last_and_knows_the_others() -> None:
@@ -24,12 +25,12 @@ def test_rank_0_comes_last_and_knows_the_others() -> None:
 
 
 def test_cpu_time_of_a_group_is_what_its_processes_took() -> None:
-    before = cpu_seconds(os.getpgrp())
+    before = cpu_s([os.getpgrp()])
     began = time.process_time()
     while time.process_time() - began < 0.2:
         pass
-    assert cpu_seconds(os.getpgrp()) - before > 0.1
-    assert cpu_seconds(1 << 30) == 0
+    assert cpu_s([os.getpgrp()]) - before > 0.1
+    assert cpu_s([1 << 30]) == 0
 
 
 def test_the_unsplit_tier_is_among_the_ways(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from bench import links
 from bench.errors import BenchError
-from bench.links import Delayed, Row, Run, Way, _ways_of, cpu_s
+from bench.links import Delayed, Row, Run, Way, _ways_of
+from bench.processes import cpu_s
 from bench.sharded import balanced_cut, even_cut, n_layers, ports_for, shards
 from bench.states import losses
 from bench.survival import GREEDY, QUESTIONS, Figures, Outcome, Plan, Trial, trials

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import socket
 import struct
@@ -114,6 +115,26 @@ def test_a_message_that_is_none_is_refused_unread(sent: bytes, reason: str) -> N
 
 
 # ---- who may come ----
+
+
+def test_without_file_descriptors_callers_are_refused_instead_of_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(_listener: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    lines = Lines(0, MOST, None)
+    with lines.promise() as promise, monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", exhausted)
+        lines.start()
+        wait_until(lambda: refuses(promise.port))
+    lines.stop()
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1.0).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_who_has_the_token_is_let_in_once(arrivals: Lines) -> None:

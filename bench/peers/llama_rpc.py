@@ -6,7 +6,6 @@ llama-cpp-python has no words for it, so these are the C functions of ggml-rpc.h
 from __future__ import annotations
 
 import ctypes
-import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import ContenderError
+from bench.processes import die_with_parent
+from bench.sharded import free_port
 
-PR_SET_PDEATHSIG = 1
 _READY_S, _POLL_S = 20.0, 0.05
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 
@@ -27,8 +27,7 @@ def devices(threads: int) -> Any:
 
     Raises `ContenderError`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-m", __name__, str(port), str(threads)])  # noqa: S603
     _wait(server, port)
     base, rpc = _library("ggml-base"), _library("ggml-rpc")
@@ -44,7 +43,7 @@ def devices(threads: int) -> Any:
 
 def serve(port: int, threads: int) -> None:
     """Compute for whoever connects, on the processor, until killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     ggml, rpc = _library("ggml"), _library("ggml-rpc")
     ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     ggml.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]

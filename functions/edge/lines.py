@@ -138,6 +138,7 @@ class Lines:
         self._port: int = self._listener.getsockname()[1]
         self._places = threading.BoundedSemaphore(_HANDSHAKES)
         self._promised: dict[bytes, Promise] = {}
+        self._stopped = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -146,6 +147,7 @@ class Lines:
 
     def stop(self) -> None:
         """Take no more."""
+        self._stopped = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for one
         self._listener.close()
@@ -168,8 +170,11 @@ class Lines:
                 connection, _ = self._listener.accept()
             except ConnectionError:  # who called has left already
                 continue
-            except OSError:
-                return  # closed, or out of file descriptors: sessions then stay on their streams
+            except OSError as error:
+                if not self._stopped:  # out of file descriptors
+                    _LOG.warning("no more lines, sessions stay on their streams: %s", error)
+                    self._listener.close()  # or callers would connect, and wait for who never comes
+                return
             if not self._places.acquire(blocking=False):
                 connection.close()
                 continue

@@ -57,8 +57,8 @@ class ToolUse:
 class Limits:
     """How to decode: `temperature` 0 is greedy; `top_logprobs` alternatives are reported with each token.
 
-    Of answers at work the one with the earliest `deadline` (seconds, `time.monotonic`) goes first. A
-    frame is then read at the last early exit before it, however sure that is; nothing else ends by it.
+    Of answers at work the one with the earliest `deadline` (seconds, `time.monotonic`) goes first. A frame is then
+    read at the last early exit before it, however sure that is; nothing else ends by it.
     `gone` says that nobody waits any more: reading the prompt then ends with `AbandonedError`.
     `draft` is text that the answer may begin with, such as a smaller model's answer: what the model agrees with costs
     it less. `json` and `tools` say what form an answer to a chat or completion must have; where both are given, what is
