@@ -260,16 +260,20 @@ class Relay:
     def take(self, piece: Piece, tell: Callable[[Answer], None]) -> None:
         """Read a piece, and tell the answer if it wants one. Raises `PromptTooLongError` and what the links raise."""
         began = time.perf_counter()
+
+        def answer(found: Answer) -> None:
+            if self._answered and is_step(piece):  # before it is told: the caller's link counts it once it has come
+                self._steps.add(time.perf_counter() - began)
+            self._answered = True
+            tell(found)
+
         self._here.rewind(piece.start)
         if self._beyond is None:
-            self._here.read(piece.states, piece.want, len(piece.choices), partial(_answer, piece, tell))
+            self._here.read(piece.states, piece.want, len(piece.choices), partial(_answer, piece, answer))
         else:
             self._here.read(piece.states, piece.want, len(piece.choices), partial(_hand_on, piece, self._beyond))
             if piece.answered:
-                tell(self._beyond.receive())
-        if self._answered and is_step(piece):
-            self._steps.add(time.perf_counter() - began)
-        self._answered = self._answered or piece.answered
+                answer(self._beyond.receive())
 
 
 def _hand_on(piece: Piece, beyond: LinkSession, states: Floats) -> None:
